@@ -1,0 +1,52 @@
+"""shardtrain: shard any JAX model over any named mesh.
+
+Names are imported when first used, so that programs that never touch JAX do not load it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "shardtrain.checkpoint": ("Checkpointer",),
+    "shardtrain.data": ("ArrayLoader", "TokenLoader"),
+    "shardtrain.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "LaunchError",
+        "MeshError",
+        "ShardTrainError",
+        "ShardingError",
+    ),
+    "shardtrain.mesh": ("init_distributed", "make_mesh", "simulate_devices"),
+    "shardtrain.parallel.fsdp": ("gather",),
+    "shardtrain.parallel.groups": ("Loss",),
+    "shardtrain.plan.fit": ("Run", "fit"),
+    "shardtrain.plan.model": ("linen",),
+    "shardtrain.plan.plan": ("Plan", "batch_spec", "plan"),
+    "shardtrain.sharding": ("Rules", "annotate", "constrain", "logical"),
+    "shardtrain.train.state": ("TrainState",),
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = {"rules": "shardtrain.parallel.presets", "models": "shardtrain.models", "mesh": "shardtrain.mesh"}
+
+__all__ = ["__version__", "rules", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        raise AttributeError(f"module 'shardtrain' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,77 @@
+"""The one module that knows Orbax. Import it where arrays are moved, not at the top of another module."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+
+from shardtrain.checkpoint.manifest import paths
+
+Tree = dict[str, Any]
+
+
+class Pending(Protocol):
+    """A write in the background."""
+
+    def result(self, timeout: float | None = None) -> Any: ...
+
+
+def start(path: Path, state: Any) -> Pending:
+    """Begin to write the leaves of `state` under `path`, as nested dicts of their paths.
+
+    Returns when every leaf has been copied off the device: the state may then be donated. Waits for the
+    device to finish computing it. Every process calls it, in the same order.
+    """
+    # zstd made 64 MiB of float32 weights take 3.4 times the CPU time and hardly smaller
+    saving = ocp.options.ArrayOptions.Saving(use_compression=False)
+    with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+        return ocp.save_async(path, nested({p: x for p, x in paths(state).items() if x.size}))
+
+
+def load(path: Path, abstract: Mapping[tuple[str, ...], jax.ShapeDtypeStruct], *, partial: bool) -> Tree:
+    """Read leaves straight into the shardings of `abstract` (path to ShapeDtypeStruct with a sharding).
+
+    Args:
+        partial: the checkpoint may hold more than `abstract`.
+
+    Returns:
+        The leaves as nested dicts, in the shapes, dtypes and shardings asked for.
+    """
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=partial)
+    wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in abstract.items()}
+    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        tree = ocp.load(path, nested({p: x for p, x in wanted.items() if x.size}))
+    for p, x in wanted.items():
+        if not x.size:  # Orbax refuses to write arrays without elements
+            set_at(tree, p, jax.jit(lambda x=x: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)())
+    return tree
+
+
+def meet(name: str) -> None:
+    """Wait until every process has come here; free of the devices, so that a background thread may."""
+    asyncio.run(ocp.multihost.sync_global_processes(name, operation_id="shardtrain"))
+
+
+def nested(leaves: Mapping[tuple[str, ...], Any]) -> Tree:
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        set_at(tree, path, leaf)
+    return tree
+
+
+def set_at(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def at(tree: Tree, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

@@ -1,0 +1,310 @@
+"""The Checkpointer: when to save, one save at a time, and what happened to it."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import itertools
+import os
+import threading
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import jax
+import numpy as np
+
+from shardtrain.checkpoint import folder, manifest
+from shardtrain.checkpoint.preemption import Preemption
+from shardtrain.checkpoint.restore import Plan, choose, first_line, read_state
+from shardtrain.errors import CheckpointError
+
+
+class State(Protocol):
+    """A registered pytree of arrays with these two among its fields."""
+
+    step: Any
+    cursor: Any
+
+
+class Checkpointer:
+    """Writes the state of a run to a folder, step by step, and reads it back onto any mesh.
+
+    Use it as a context manager, and call `save` after every step: most calls only count. Leaving the block
+    waits until everything is on disk. One process (or one set of processes) writes in a folder at a time;
+    to read beside it use `shardtrain.checkpoint.restore`, `list_steps` and `inspect`.
+
+    Args:
+        path: the folder, made if missing; on several processes one that all of them see.
+        every: save when the step is a multiple of this; None saves only when forced or preempted.
+        keep: how many of the newest steps to keep; None keeps all.
+        keep_every: also keep every step that is a multiple of this.
+        config: JSON-able, written beside every checkpoint.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or `config` is no JSON.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        every: int | None = None,
+        keep: int | None = 2,
+        keep_every: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise CheckpointError(f"{name} is {value}", where=name, fix="give 1 or more, or None")
+        manifest.to_json(config or {}, where="config")
+        self.path = folder.local(path)
+        self.every, self.keep, self.keep_every, self.config = every, keep, keep_every, config
+        self.restored: dict[str, Any] | None = None  # manifest of the step that restore read
+        folder.claim(self.path)
+        self._preemption = Preemption()
+        self._preempted = self._answered = False  # what the last save() was told; whether it was read since
+        self._opened = self._checked = self._warned = False
+        self._plan: dict[str, Any] = {}
+        self._count: int | None = None  # the step on the host, so that no call waits for the device
+        self._origin: int | None = None  # the step whose future this run is writing
+        self._superseded: list[int] = []  # steps of a future that was abandoned
+        self._begun: int | None = None  # this run's newest step on disk or on its way
+        self._committed: int | None = None  # this run's newest step on disk
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self._open()
+        self._preemption.install()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._preemption.remove()
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(f"and a checkpoint was not written: {failure}")
+
+    def restore_or_init(self, plan: Plan, seed: int = 0) -> Any:
+        """The newest state in the folder, in the plan's shardings; `plan.init(seed)` if there is none.
+
+        Raises:
+            CheckpointError: as `restore`; a damaged newest step is never passed over silently.
+        """
+        self.wait()
+        newest = choose(self.path, None)
+        if newest is None:
+            self._plan = plan.describe()
+            self._count, self._checked = 0, False
+            return plan.init(seed)
+        return self.restore(plan, newest)
+
+    def restore(
+        self, plan: Plan, step: int | None = None, *, parts: Collection[str] | None = None, seed: int = 0
+    ) -> Any:
+        """A state from the folder; see `shardtrain.checkpoint.restore`.
+
+        After restoring an older step whole, the newer ones are removed when the next save is on disk: the
+        run that goes on from here replaces them.
+        """
+        self.wait()
+        state, self.restored = read_state(self.path, plan, step, parts, seed)
+        self._plan = plan.describe()
+        self._checked = False
+        self._count = self._origin = self._begun = self._committed = None
+        if parts is None:
+            self._count = self._origin = self._begun = self._committed = self.restored["step"]
+        return state
+
+    def save(
+        self,
+        state: State,
+        *,
+        step: int | None = None,
+        force: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Save if the step is due, if forced, or if the run was asked to stop and it is not saved yet.
+
+        The step is counted on the host: one call, one step. A loop that calls `save` at other intervals
+        passes `step=`. Only when a save begins is `state.step` itself read, and names it. The call then
+        waits for the previous save to be on disk and for the state to be computed and copied from the
+        device; writing goes on in the background, and the state may be donated at once.
+
+        Args:
+            state: the state after the step.
+            step: its number, where the caller knows it.
+            force: save even if it is not due. Nothing is written twice.
+            extra: small JSON to keep beside the state; `restored["extra"]` has it after a restore.
+
+        Returns:
+            True if a save began. On several processes, all call this together.
+
+        Raises:
+            CheckpointError: the previous save failed (its leftovers are gone, older steps untouched;
+                training may go on, and the next save that is due tries again), or the folder holds the
+                steps of another run.
+        """
+        if self._failure is not None:
+            self.wait()
+        if self._count is None and step is None:
+            self._count = _step_of(state)  # waits for the device, once
+        else:
+            self._count = step if step is not None else (self._count or 0) + 1
+        if not self._checked:
+            self._check_folder()
+        self._preempted, self._answered = self._preemption.asked(self._count), True
+        force = force or self._preempted
+        due = self.every is not None and self._count % self.every == 0
+        return (due or force) and self._save(state, force, step is not None, extra)
+
+    @property
+    def preempted(self) -> bool:
+        """True once the run was asked to stop (SIGTERM; on several processes at a step all agree on).
+
+        The last `save` has asked, and saved if so, and this gives the same answer; read again before the
+        next `save`, it asks anew.
+        """
+        if not self._answered:
+            self._preempted = self._preemption.asked(self._count)
+        self._answered = False
+        return self._preempted
+
+    def latest_step(self) -> int | None:
+        """The newest step on disk; a save under way is not there yet."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Steps on disk, ascending."""
+        return folder.steps(self.path)
+
+    def wait(self) -> None:
+        """Wait until the save under way is on disk.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            self._begun, self._checked = self._committed, False
+            raise _not_written(self.path, failure) from failure
+
+    def close(self) -> None:
+        """Wait for the save under way. Leaving the `with` block does this."""
+        self.wait()
+
+    def _open(self) -> None:
+        """Become the writer: remove what a crash left, and load Orbax now rather than in a step."""
+        if not self._opened:
+            if jax.process_index() == 0:
+                folder.purge(self.path)
+            importlib.import_module("shardtrain.checkpoint.arrays")
+            self._opened = True
+
+    def _check_folder(self) -> None:
+        newer = [step for step in self.steps() if self._origin is None or step > self._origin]
+        if self._origin is None and newer and newer[-1] > (self._count or 0):
+            raise CheckpointError(
+                f"the folder holds step {newer[-1]}, and this run is at step {self._count}",
+                where=str(self.path),
+                why="the next start would resume the other run",
+                fix="restore_or_init goes on from there; or give this run a folder of its own",
+            )
+        self._superseded = newer if self._origin is not None else []
+        self._checked = True
+
+    def _save(self, state: State, force: bool, told: bool, extra: Mapping[str, Any] | None) -> bool:
+        step = _step_of(state)
+        if step != self._count:
+            if not (told or force or self._warned):
+                self._warned = True
+                warnings.warn(
+                    f"save() counted step {self._count} and the state is at step {step}: call it once after "
+                    "every step, or pass step=",
+                    stacklevel=3,
+                )
+            self._count = step
+            if not force and step % (self.every or 1):
+                return False
+        if step == self._begun:
+            return False
+        self.wait()
+        content = manifest.describe(state, step, plan=self._plan, config=self.config, extra=extra)
+        manifest.to_json(content, where="extra")
+        self._open()
+        from shardtrain.checkpoint import arrays
+
+        place = folder.saving_folder(self.path, step)
+        try:
+            if jax.process_index() == 0:
+                folder.discard(self.path, step)
+                place.mkdir(parents=True)
+            pending = arrays.start(place / folder.ARRAYS, state)
+        except OSError as error:
+            raise _not_written(place, error) from error
+        superseded, self._superseded = self._superseded, []
+        self._begun = step
+        self._thread = threading.Thread(
+            target=self._commit,
+            args=(pending, step, content, superseded, f"commit-{next(_commits)}"),
+            name=f"checkpoint-{step}",
+        )
+        self._thread.start()
+        return True
+
+    def _commit(
+        self, pending: Any, step: int, content: dict[str, Any], superseded: list[int], meeting: str
+    ) -> None:
+        """In the background: wait for Orbax, write the manifest, move the step into place."""
+        from shardtrain.checkpoint import arrays
+
+        place, first = folder.saving_folder(self.path, step), jax.process_index() == 0
+        failure: Exception | None = None
+        try:
+            pending.result()
+            if first:
+                content["files"] = folder.files(place)
+                folder.write_synced(place / folder.MANIFEST, manifest.to_json(content, where="extra"))
+                folder.publish(self.path, step, superseded=superseded)
+        except Exception as error:
+            failure = error
+            if first:
+                folder.discard(self.path, step)
+        try:
+            arrays.meet(meeting)
+            if failure is None and not (folder.step_folder(self.path, step) / folder.MANIFEST).is_file():
+                raise OSError("process 0 could not put it in place")
+        except Exception as error:
+            failure = failure or error
+        if failure is None:
+            self._committed = step
+            if first:
+                try:
+                    folder.retain(self.path, self.keep, self.keep_every)
+                except OSError as error:
+                    warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
+        self._failure = failure
+
+
+_commits = itertools.count()  # the same on every process, as saves are
+
+
+def _step_of(state: State) -> int:
+    return int(np.asarray(jax.device_get(state.step)))
+
+
+def _not_written(path: Path, error: Exception) -> CheckpointError:
+    full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return CheckpointError(
+        "a checkpoint could not be written",
+        where=str(path),
+        why=first_line(error),
+        fix="free space on that file system, or keep fewer steps" if full else "check the file system",
+    )

@@ -1,0 +1,127 @@
+"""From a step on disk to a state on the plan's mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from shardtrain.checkpoint import folder, manifest
+from shardtrain.errors import CheckpointError
+
+
+class Plan(Protocol):
+    """What a checkpoint needs of a plan."""
+
+    @property
+    def abstract_state(self) -> Any:
+        """The state as ShapeDtypeStructs with shardings."""
+
+    def init(self, seed: int) -> Any:
+        """A new state, sharded."""
+
+    def describe(self) -> dict[str, Any]:
+        """Mesh, rules, groups, ... as JSON."""
+
+
+def restore(
+    path: str | os.PathLike[str],
+    plan: Plan,
+    step: int | None = None,
+    *,
+    parts: Collection[str] | None = None,
+    seed: int = 0,
+) -> Any:
+    """Read a state straight into the plan's shardings, on whatever mesh it was written; bit for bit.
+
+    Reads only: safe while another process writes checkpoints in the folder.
+
+    Args:
+        path: the folder of the checkpoints.
+        plan: its `abstract_state` gives every leaf's shape, dtype and sharding.
+        step: which; the newest by default.
+        parts: fields of the state to read, such as `("params",)`; the others are those of
+            `plan.init(seed)`. All by default.
+
+    Returns:
+        The state. On several processes, all call this together.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another model or optimizer.
+    """
+    return read_state(folder.local(path), plan, step, parts, seed)[0]
+
+
+def read_state(
+    path: Path, plan: Plan, step: int | None, parts: Collection[str] | None, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The state and the manifest of a step."""
+    step = choose(path, step)
+    if step is None:
+        raise CheckpointError(
+            "no checkpoint here", where=str(path), fix="check the folder, or train first (restore_or_init)"
+        )
+    content = manifest.read(path, step)
+    leaves = manifest.paths(plan.abstract_state)
+    fields = {p[0] for p in leaves}
+    chosen = fields if parts is None else set(parts)
+    if unknown := chosen - fields - {name.split("/")[0] for name in content["tree"]}:
+        raise CheckpointError(
+            f"unknown parts {sorted(unknown)}", where="parts", fix=f"choose among {sorted(fields)}"
+        )
+    manifest.check_tree(path, content, leaves, chosen)
+    manifest.check_files(path, step, content)
+
+    from shardtrain.checkpoint import arrays
+
+    wanted = {p: x for p, x in leaves.items() if p[0] in chosen}
+    fresh = [] if chosen >= fields else jax.tree.leaves(plan.init(seed))
+    for index, p in enumerate(leaves):
+        if fresh and p in wanted:
+            fresh[index] = None  # free the memory before the stored values come
+    try:
+        tree = arrays.load(folder.step_folder(path, step) / folder.ARRAYS, wanted, partial=bool(fresh))
+    except Exception as error:  # whatever Orbax and TensorStore raise over damaged files
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # too large for this mesh; the files may be sound
+        raise manifest.damaged(path, step, f"its arrays cannot be read: {first_line(error)}") from error
+    for p, x in wanted.items():
+        leaf = arrays.at(tree, p)
+        assert (leaf.shape, leaf.dtype) == (x.shape, x.dtype), f"{p}: read {leaf.aval}, asked for {x}"
+        assert leaf.sharding.is_equivalent_to(x.sharding, x.ndim), f"{p}: {leaf.sharding}, not {x.sharding}"
+    values = [arrays.at(tree, p) if p in wanted else fresh[i] for i, p in enumerate(leaves)]
+    return jax.tree.unflatten(jax.tree.structure(plan.abstract_state), values), content
+
+
+def choose(path: Path, step: int | None) -> int | None:
+    """The step to read: `step` if it is there, else the newest; the same on every process. None: none is.
+
+    Raises:
+        CheckpointError: `step` is not there.
+    """
+    found = folder.steps(path)
+    newest = found[-1] if found else None
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # a shared file system may show the processes different listings for a moment
+        agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
+        newest = None if agreed < 0 else agreed
+    if step is None:
+        return newest
+    if not folder.step_folder(path, step).is_dir():
+        listed = ", ".join(map(str, found)) or "none"
+        raise CheckpointError(
+            f"no step {step} here", where=str(path), why=f"steps: {listed}", fix="choose one of them"
+        )
+    return step
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,0 +1,53 @@
+"""Errors that a user can cause. Each says where, what with the numbers, why, and the way out."""
+
+from __future__ import annotations
+
+
+class ShardTrainError(Exception):
+    """`message` is one sentence with the numbers; `why` the circumstances; `fix` the way out."""
+
+    def __init__(self, message: str, *, where: str = "", why: str = "", fix: str = ""):
+        super().__init__(message)
+        self.message, self.where, self.why, self.fix = message, where, why, fix
+
+    def __str__(self) -> str:
+        first = f"{self.where}: {self.message}" if self.where else self.message
+        lines = [first]
+        if self.why:
+            lines.append(f"  {self.why}")
+        if self.fix:
+            lines.append(f"  try: {self.fix}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, str]:
+        """The `error` object of `--json`."""
+        return {
+            "kind": type(self).__name__,
+            "where": self.where,
+            "message": "; ".join(part for part in (self.message, self.why) if part),
+            "try": self.fix,
+        }
+
+
+class MeshError(ShardTrainError):
+    """The mesh does not fit the devices, or does not exist."""
+
+
+class ShardingError(ShardTrainError):
+    """Rules, logical axes and shapes do not go together."""
+
+
+class ConfigError(ShardTrainError):
+    """A configuration field, flag or argument is wrong."""
+
+
+class DataError(ShardTrainError):
+    """Data is missing, empty, of the wrong kind, or has changed."""
+
+
+class CheckpointError(ShardTrainError):
+    """A checkpoint is missing, damaged, or of another model."""
+
+
+class LaunchError(ShardTrainError):
+    """Processes could not be started or found."""

@@ -1,0 +1,145 @@
+"""Many processes as one JAX program."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+
+from shardtrain.errors import LaunchError
+
+log = logging.getLogger("shardtrain")
+
+# What each environment sets: (variable with the number of processes, name to say).
+_CLUSTERS = (
+    ("JAX_NUM_PROCESSES", "JAX environment variables"),
+    ("SLURM_NTASKS", "SLURM"),
+    ("OMPI_COMM_WORLD_SIZE", "Open MPI"),
+    ("JOB_COMPLETIONS", "Kubernetes"),
+)
+
+
+def init_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
+    *,
+    initialization_timeout: int = 300,
+    heartbeat_timeout: int = 30,
+) -> str:
+    """Join the other processes of this run; does nothing where there is only one.
+
+    Args:
+        coordinator: `host:port` of process 0. Without it the cluster is detected (SLURM, Open MPI,
+            GKE, Cloud TPU, or `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`).
+        num_processes, process_id: with `coordinator`.
+        local_device_ids: GPUs of this process. Default: this host's GPUs divided evenly among the
+            processes on it, so that one process per 8-GPU host sees all eight.
+        initialization_timeout, heartbeat_timeout: seconds.
+
+    Returns:
+        One line about what was found, also logged.
+
+    Raises:
+        LaunchError: the arguments are incomplete, or the coordinator does not answer in time.
+    """
+    found = "explicit arguments"
+    environment = os.environ
+    if coordinator is None and num_processes is None and process_id is None:
+        found = _detect()
+        if not found:
+            return _say("one process; nothing to join")
+        if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
+            coordinator = environment["JAX_COORDINATOR_ADDRESS"]
+            num_processes = int(environment["JAX_NUM_PROCESSES"])
+            process_id = int(environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX", "0")))
+    if coordinator is None and (num_processes or process_id):
+        raise LaunchError(
+            "number or id of the process was given, but no coordinator",
+            where="init_distributed",
+            fix="init_distributed('host:port', num_processes, process_id)",
+        )
+    if num_processes == 1:
+        return _say("one process; nothing to join")
+    if coordinator is not None:
+        if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
+            raise LaunchError(
+                f"process {process_id} of {num_processes}",
+                where="init_distributed",
+                fix="process_id from 0 to num_processes - 1",
+            )
+        if not re.fullmatch(r"\S+:\d+", coordinator):
+            raise LaunchError(f"'{coordinator}' is not host:port", where="init_distributed", fix="host:1234")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=local_device_ids if local_device_ids is not None else _local_gpus(),
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        if "already" in str(error) or "only be called once" in str(error):
+            return _say(f"process {jax.process_index()} of {jax.process_count()} (joined before)")
+        raise LaunchError(
+            f"could not join: {str(error).splitlines()[0]}",
+            where="init_distributed",
+            why=f"found: {found}; coordinator {coordinator or 'detected'}",
+            fix="check that every process is started and can reach the coordinator's port",
+        ) from error
+    return _say(
+        f"{found}: process {jax.process_index()} of {jax.process_count()}, "
+        f"{jax.local_device_count()} of {jax.device_count()} {jax.devices()[0].platform} devices"
+    )
+
+
+def _detect() -> str:
+    for variable, name in _CLUSTERS:
+        if os.environ.get(variable, "1").isdigit() and int(os.environ.get(variable, "1")) > 1:
+            return name
+    if len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]) > 1:
+        return "Cloud TPU"
+    if int(os.environ.get("MEGASCALE_NUM_SLICES", "1") or 1) > 1:
+        return "Cloud TPU slices"
+    return ""
+
+
+def _local_gpus() -> list[int] | None:
+    """This process's share of the host's GPUs; None leaves the choice to JAX (TPU, CPU)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        count = len([v for v in visible.split(",") if v.strip()])
+    else:
+        count = len(glob.glob("/dev/nvidia[0-9]*"))
+    if not count:
+        return None
+    here, rank = _local_processes()
+    if count % here:
+        raise LaunchError(
+            f"{count} GPUs cannot be divided among {here} processes on this host",
+            where="init_distributed",
+            fix="local_device_ids=[...] for each process",
+        )
+    share = count // here
+    return list(range(rank * share, (rank + 1) * share))
+
+
+def _local_processes() -> tuple[int, int]:
+    environment = os.environ
+    if "SLURM_LOCALID" in environment:
+        tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1")))
+        return int(tasks.group()) if tasks else 1, int(environment["SLURM_LOCALID"])
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+    return 1, 0
+
+
+def _say(line: str) -> str:
+    log.info("distributed: %s", line)
+    return line

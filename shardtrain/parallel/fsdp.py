@@ -1,0 +1,153 @@
+"""Weights kept as shards and made whole where they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from shardtrain.parallel.remat import GATHERED
+from shardtrain.sharding import context
+from shardtrain.tree import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How one parameter leaf arrives inside the manual region, and what it becomes.
+
+    `dim`, `axes`: the dim that is a shard over these manual mesh axes (None: whole already).
+    `spec`: the remaining sharding of the whole leaf, over the automatic axes.
+    `compute`, `wire`, `reduce`: dtypes of the whole leaf, of the gather, of the gradient's reduction.
+    """
+
+    dim: int | None
+    axes: tuple[str, ...]
+    spec: PartitionSpec
+    compute: Any
+    wire: Any
+    reduce: Any
+
+    def without_leading(self) -> Shard:
+        """The same leaf inside a scan over its leading (layers) dim."""
+        dim = None if self.dim is None else self.dim - 1
+        return dataclasses.replace(self, dim=dim, spec=PartitionSpec(*self.spec[1:]))
+
+
+def gather(tree: Any, path: str) -> Any:
+    """Make the parameters of one layer whole, inside the layer that uses them.
+
+    A model that scans over its own layers calls this once at the top of the scanned body, with the
+    path of the stacked parameters in the model. Then FSDP gathers one layer at a time; without it
+    the whole stack is gathered before the scan. Outside a Plan it returns `tree`.
+
+    Args:
+        tree: parameters of one layer as the scan slices them: an `nnx.State`, an `nnx.Module`, or a
+            pytree of arrays.
+        path: where the stack lives in the model, for instance `"blocks"`.
+
+    Communicates: all-gather of f*X bytes forward and again in the backward, reduce-scatter of f*X,
+    for X bytes of parameters in the wire dtype and f = (n-1)/n over the fsdp axis.
+    """
+    layout = context.current()
+    if layout is None:
+        return tree
+    layout.gathered.add(path)
+    if not layout.params:
+        return tree
+    from flax import nnx
+
+    if isinstance(tree, nnx.Module):
+        graph, state = nnx.split(tree)
+        return nnx.merge(graph, gather(state, path))
+
+    def whole(key_path: Any, leaf: Any) -> Any:
+        shard = layout.params.get(f"{path}/{path_name(key_path)}".removesuffix("/value"))
+        return leaf if shard is None else gather_leaf(leaf, shard.without_leading())
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def gather_leaf(leaf: jax.Array, shard: Shard) -> jax.Array:
+    """One leaf made whole in the compute dtype; its gradient comes back as a shard."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    if shard.dim is None:
+        return leaf.astype(shard.compute)
+    return checkpoint_name(_gather(leaf, shard), GATHERED)
+
+
+def _local(function: Callable[[jax.Array], jax.Array], shard: Shard) -> Callable[[jax.Array], jax.Array]:
+    """`function` on what one device holds: the automatic axes of the leaf are made manual around it.
+
+    Without this the partitioner gathers the leaf over the automatic axes before a manual collective.
+    """
+    axes = {a for dim in shard.spec if dim for a in ((dim,) if isinstance(dim, str) else dim)}
+    if not axes:
+        return function
+    return jax.shard_map(function, in_specs=shard.spec, out_specs=shard.spec, axis_names=axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf: jax.Array, shard: Shard) -> jax.Array:
+    def whole(local: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(local.astype(shard.wire), shard.axes, axis=shard.dim, tiled=True)
+
+    return _local(whole, shard)(leaf).astype(shard.compute)
+
+
+def _gather_forward(leaf: jax.Array, shard: Shard) -> tuple[jax.Array, tuple[()]]:
+    return _gather(leaf, shard), ()
+
+
+def _gather_backward(shard: Shard, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
+    def scatter(local: jax.Array) -> jax.Array:
+        local = local.astype(shard.reduce)
+        return jax.lax.psum_scatter(local, shard.axes, scatter_dimension=shard.dim, tiled=True)
+
+    return (_local(scatter, shard)(gradient).astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Mark values as different on each device of `axes`, so that nothing is reduced behind our back."""
+
+    def mark(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in axes if a not in jax.typeof(x).mat.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
+def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
+    """The one reduction of a gradient over the batch axes that its gather has not reduced yet.
+
+    Args:
+        gradient: this device's sum, float32; a shard already along `shard.axes`.
+        target: spec in which it is wanted; batch axes in it that `shard` lacks are scattered over.
+        axes: all batch axes.
+
+    Communicates: all-reduce 2f*X, or reduce-scatter f*X where the target is divided further.
+    """
+    rest = tuple(a for a in axes if a not in shard.axes)
+    scatter = [
+        (dim, tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in rest))
+        for dim, entry in enumerate(target)
+    ]
+    scatter = [(dim, over) for dim, over in scatter if over]
+
+    def reduce(local: jax.Array) -> jax.Array:
+        local = local.astype(shard.reduce)
+        for dim, over in scatter:
+            local = jax.lax.psum_scatter(local, over, scatter_dimension=dim, tiled=True)
+        others = tuple(a for a in rest if not any(a in over for _, over in scatter))
+        return jax.lax.psum(local, others) if others else local
+
+    return _local(reduce, shard)(gradient).astype(jnp.float32) if rest else gradient

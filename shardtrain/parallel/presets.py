@@ -1,0 +1,47 @@
+"""Rules that come with the library. Each is a value; change one with `.override()`."""
+
+from __future__ import annotations
+
+from shardtrain.sharding.rules import ANY, Rules
+
+_NAMES = ("seq", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "expert", "layers")
+_WHOLE: dict[str, str | tuple[str, ...] | None] = {name: None for name in _NAMES}
+_TENSOR = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+_DATA = ("slice", "data")
+
+
+def _activations(batch: tuple[str, ...], tensor: bool) -> dict[str, str | tuple[str, ...] | None]:
+    return {"batch": batch, **_WHOLE, "seq_block": None, **(_TENSOR if tensor else {})}
+
+
+data = Rules("data", _WHOLE, _activations(_DATA, False))
+"""Every device has the whole model; gradients are all-reduced once a step: 2f*X bytes."""
+
+zero1 = Rules("zero1", _WHOLE, _activations(_DATA, False), optimizer={**_WHOLE, ANY: "data"})
+"""As `data`, with the optimizer state divided over the data axis: reduce-scatter of the gradients,
+each device updates its part, all-gather of the parameters. The modern parameter server.
+Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), stage 1."""
+
+fsdp = Rules("fsdp", {**_WHOLE, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), False))
+"""Parameters, gradients and optimizer state divided over fsdp; gathered layer by layer, 3f*X bytes.
+Source: ZeRO stage 3."""
+
+tensor = Rules("tensor", {**_WHOLE, **_TENSOR}, _activations(_DATA, True))
+"""Heads, MLP columns and vocabulary divided over tensor; activations all-reduced twice a layer and
+direction. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053)."""
+
+zero1_tensor = Rules(
+    "zero1_tensor",
+    {**_WHOLE, **_TENSOR},
+    _activations(_DATA, True),
+    optimizer={**_WHOLE, **_TENSOR, ANY: "data"},
+)
+"""`tensor` with the optimizer state also divided over data."""
+
+fsdp_tensor = Rules("fsdp_tensor", {**_WHOLE, **_TENSOR, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), True))
+"""The default: data, fsdp and tensor together. A mesh with only some of the axes gives those alone."""
+
+infer = Rules("infer", {ANY: "fsdp"}, _activations((*_DATA, "fsdp"), False), pick="largest")
+"""For models without any metadata: the largest dim that divides, over fsdp. Names are ignored."""
+
+PRESETS: dict[str, Rules] = {r.name: r for r in (data, zero1, fsdp, tensor, zero1_tensor, fsdp_tensor, infer)}

@@ -1,0 +1,136 @@
+"""Compiled programs over a plan's shardings, called with flat leaves."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from shardtrain.errors import DataError
+from shardtrain.plan import hlo
+from shardtrain.train.state import TrainState
+from shardtrain.tree import bytes_text, table
+
+if TYPE_CHECKING:
+    from shardtrain.plan.plan import Plan
+
+
+def use_compilation_cache() -> None:
+    """Point JAX's persistent compilation cache at the user's cache folder, unless it is set already."""
+    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "shardtrain" / "xla"))
+
+
+class Compiled:
+    """A function of `(state, batch)`, compiled. The state may be donated; its shardings are kept."""
+
+    def __init__(self, plan: Plan, function: Callable[..., Any], *, donate: bool):
+        self.plan = plan
+        self._structure = plan.abstract_state.structure
+        count = len(plan.abstract_state.leaves)
+        self._count = count
+        batch_leaves, batch_structure = jax.tree.flatten(plan.batch)
+        self._batch_structure = batch_structure
+        shardings = tuple(leaf.sharding for leaf in plan.abstract_state.leaves)
+        self._out: Any = None
+
+        def flat(*leaves: Any) -> tuple[Any, ...]:
+            state = TrainState(leaves[:count], self._structure)
+            result = function(state, jax.tree.unflatten(batch_structure, leaves[count:]))
+            result = jax.tree.map(self._keep, result, is_leaf=lambda x: isinstance(x, TrainState))
+            out, self._out = jax.tree.flatten(result)
+            return tuple(out)
+
+        self._jitted = jax.jit(
+            flat,
+            in_shardings=shardings + (plan.batch_sharding,) * len(batch_leaves),
+            donate_argnums=tuple(range(count)) if donate else (),
+        )
+        abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves]
+        self.lowered = self._jitted.lower(*plan.abstract_state.leaves, *abstract)
+        self.executable = self.lowered.compile()
+        self._finish()
+
+    def _finish(self) -> None:
+        """What a subclass wants to know of the output's structure."""
+
+    def _keep(self, value: Any) -> Any:
+        if not isinstance(value, TrainState):
+            return value
+        pinned = [
+            jax.lax.with_sharding_constraint(x, leaf.sharding)
+            for x, leaf in zip(value.leaves, self.plan.abstract_state.leaves, strict=True)
+        ]
+        return TrainState(tuple(pinned), value.structure)
+
+    def _flat(self, state: TrainState, batch: Any) -> Any:
+        leaves = jax.tree.leaves(batch)
+        if len(leaves) != self._batch_structure.num_leaves:
+            raise DataError(
+                f"{len(leaves)} arrays, the plan's batch has {self._batch_structure.num_leaves}",
+                where="batch",
+                fix="step(state, plan.put(batch))",
+            )
+        return self._jitted(*state.leaves, *leaves)
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        return jax.tree.unflatten(self._out, self._flat(state, batch))
+
+    def memory(self) -> Memory:
+        """Bytes per device of the compiled program."""
+        return Memory(self.executable.memory_analysis())
+
+    def collectives(self) -> hlo.Collectives:
+        """Every collective of the compiled program, by mesh axis."""
+        return hlo.collectives(self.hlo(), self.plan.mesh)
+
+    def hlo(self) -> str:
+        """The optimized HLO text."""
+        return self.executable.as_text()
+
+
+class Step(Compiled):
+    """The training step. Never waits for the device; the metrics are device values."""
+
+    def _finish(self) -> None:
+        state, metrics = jax.tree.unflatten(self._out, range(self._out.num_leaves))
+        assert state.leaves == tuple(range(self._count)), "the new state comes first"
+        self._names = tuple(metrics)
+        self._slots = tuple(metrics.values())
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        out = self._flat(state, batch)
+        metrics = {name: out[slot] for name, slot in zip(self._names, self._slots, strict=True)}
+        return TrainState(out[: self._count], self._structure), metrics
+
+
+class EvalStep(Compiled):
+    """`evaluate(state, batch) -> {"loss_sum", "loss_weight", ...}` on devices."""
+
+    def __init__(self, plan: Plan, function: Callable[..., Any]):
+        super().__init__(plan, function, donate=False)
+
+
+class Memory(dict[str, int]):
+    """Bytes per device: `arguments`, `outputs`, `aliased` (donated), `temporaries`, `peak`.
+
+    Peak is what the compiler says on TPU; elsewhere arguments + outputs - aliased + temporaries.
+    """
+
+    def __init__(self, analysis: Any):
+        arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+        aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+        super().__init__(
+            arguments=arguments,
+            outputs=outputs,
+            aliased=aliased,
+            temporaries=temporaries,
+            peak=arguments + outputs - aliased + temporaries,
+        )
+
+    def __str__(self) -> str:
+        return table(("memory", "per device"), [(k, bytes_text(v)) for k, v in self.items()])

@@ -1,0 +1,185 @@
+"""Where every leaf of the state lives, decided and checked before anything is traced on devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardtrain.errors import ShardingError
+from shardtrain.parallel.fsdp import Shard
+from shardtrain.sharding.rules import ANY, SMALL, Rules, mesh_text, resolve, spec_axes
+from shardtrain.tree import bytes_text, flatten, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter: its spec, and that of the optimizer's copies of it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    logical: tuple[str | None, ...] | None
+    spec: PartitionSpec
+    optimizer: PartitionSpec
+    shard: Shard
+
+    def bytes_per_device(self, mesh: Mesh) -> int:
+        """Of the parameter itself."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize // _parts(self.spec, mesh)
+
+
+def _parts(spec: PartitionSpec, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[a] for a in spec_axes(spec))
+
+
+def check_mesh(mesh: Mesh, rules: Rules) -> None:
+    """Every mesh axis of more than one device must carry something under the rules."""
+    used = rules.mesh_axes()
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ShardingError(
+                f"mesh axis {axis}={size} carries nothing under rules '{rules.name}'",
+                where=f"mesh {mesh_text(mesh)}",
+                why=f"the rules use {', '.join(sorted(used))}; the {size} devices along it would repeat the same work",
+                fix=f"{axis}=1, or rules that use it (rules.fsdp_tensor uses slice, data, fsdp and tensor)",
+            )
+
+
+def parameter_leaves(
+    shapes: Mapping[str, Any],
+    axes: Mapping[str, tuple[str | None, ...] | None],
+    *,
+    rules: Rules,
+    mesh: Mesh,
+    stacks: frozenset[str],
+    dtypes: tuple[Any, Any, Any],
+) -> dict[str, Leaf]:
+    """Path -> `Leaf`, for parameters trained and frozen.
+
+    `stacks`: path prefixes that the model makes whole itself, layer by layer.
+    `dtypes`: compute, wire and reduce dtype.
+    """
+    batch = rules.batch_axes(mesh)
+    leaves = {}
+    for path, leaf in shapes.items():
+        stacked = in_stack(path, stacks)
+        options: dict[str, Any] = dict(pick=rules.pick, stacked=stacked)
+        spec = resolve(path, leaf.shape, axes.get(path), rules.params, mesh, **options)
+        held = rules.params if rules.optimizer is None else rules.optimizer
+        optimizer = resolve(path, leaf.shape, axes.get(path), held, mesh, **options)
+        shard = _shard(path, spec, batch, dtypes)
+        leaves[path] = Leaf(path, leaf.shape, leaf.dtype, axes.get(path), spec, optimizer, shard)
+    _check_replicated(leaves, rules, mesh)
+    return leaves
+
+
+def in_stack(path: str, stacks: frozenset[str]) -> bool:
+    return any(path.startswith(f"{prefix}/") for prefix in stacks)
+
+
+def _shard(path: str, spec: PartitionSpec, batch: tuple[str, ...], dtypes: tuple[Any, Any, Any]) -> Shard:
+    manual = {d: tuple(a for a in _names(dim) if a in batch) for d, dim in enumerate(spec)}
+    manual = {d: axes for d, axes in manual.items() if axes}
+    if len(manual) > 1 or any(len(_names(spec[d])) != len(axes) for d, axes in manual.items()):
+        raise ShardingError(
+            f"{spec} mixes the batch axes {batch} with others on one dim, or puts them on two dims",
+            where=path,
+            fix="give the batch axes (fsdp) one dim of their own",
+        )
+    dim, axes = next(iter(manual.items()), (None, ()))
+    automatic = PartitionSpec(*[None if d == dim else entry for d, entry in enumerate(spec)])
+    return Shard(dim, axes, automatic, *dtypes)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _check_replicated(leaves: Mapping[str, Leaf], rules: Rules, mesh: Mesh) -> None:
+    wanted = {a for axes in rules.params.values() for a in axes if mesh.shape.get(a, 1) > 1}
+    used = {a for leaf in leaves.values() for a in spec_axes(leaf.spec)}
+    total = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    for axis in sorted(wanted - used):
+        batch_only = axis in rules.batch_axes(mesh)
+        if total < SMALL and batch_only:
+            continue  # a model too small to be worth spreading
+        biggest = max(leaves.values(), key=lambda leaf: math.prod(leaf.shape))
+        raise ShardingError(
+            f"mesh axis {axis}={mesh.shape[axis]} shards no parameter under rules '{rules.name}'",
+            where=f"mesh {mesh_text(mesh)}",
+            why=f"the largest, {biggest.path} {biggest.shape}, has logical axes {biggest.logical}",
+            fix="logical axes: st.logical in the model or st.annotate by path; or rules.infer over fsdp",
+        )
+    for leaf in leaves.values():
+        size = math.prod(leaf.shape)
+        large = size >= max(SMALL, total // 100)
+        if not large or not wanted or spec_axes(leaf.spec):
+            continue
+        deliberate = leaf.logical is not None and ANY not in rules.params
+        if deliberate:
+            continue
+        axis = sorted(wanted)[0]
+        raise ShardingError(
+            f"{bytes_text(size * 4)} would be replicated on all {mesh.size} devices although {mesh_text(mesh)} is there",
+            where=leaf.path,
+            why=f"shape {leaf.shape}, logical axes {leaf.logical}: no free dim divides by {axis}={mesh.shape[axis]}",
+            fix=f"a dim that {mesh.shape[axis]} divides, or logical axes for it (st.annotate)",
+        )
+
+
+def optimizer_specs(abstract: Any, leaves: Mapping[str, Leaf]) -> Any:
+    """Specs for a tree of optimizer state: copies of a parameter as the rules say, the rest whole."""
+
+    def spec(path: str, leaf: Any) -> PartitionSpec:
+        parts = path.split("/")
+        for start in range(len(parts)):
+            found = leaves.get("/".join(parts[start:]))
+            if found is not None:
+                # Factored or scalar statistics of a parameter are small: whole.
+                return found.optimizer if found.shape == tuple(leaf.shape) else PartitionSpec()
+        return PartitionSpec()
+
+    names = flatten(abstract)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [spec(p, leaf) for p, leaf in names.items()])
+
+
+def with_sharding(abstract: Any, specs: Any, mesh: Mesh) -> Any:
+    """The abstract tree with a `NamedSharding` on every leaf."""
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        abstract,
+        specs,
+    )
+
+
+def report(leaves: Mapping[str, Leaf], mesh: Mesh, rules: Rules, state_bytes: int) -> str:
+    """A table: path, shape, logical axes, spec, bytes per device."""
+    rows = [
+        (
+            leaf.path,
+            "x".join(map(str, leaf.shape)) or "scalar",
+            "-" if leaf.logical is None else " ".join(str(a) if a else "." for a in leaf.logical),
+            spec_text(leaf.spec),
+            bytes_text(leaf.bytes_per_device(mesh)),
+        )
+        for leaf in leaves.values()
+    ]
+    count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    return "\n".join(
+        [
+            f"mesh {mesh_text(mesh)} ({mesh.size} devices), rules {rules.name}",
+            table(("parameter", "shape", "logical axes", "spec", "per device"), rows),
+            f"{count:,} parameters; state {bytes_text(state_bytes)} per device",
+        ]
+    )
+
+
+def spec_text(spec: PartitionSpec) -> str:
+    """`P(None, 'fsdp')` without the noise: `. fsdp`."""
+    return " ".join("+".join(_names(dim)) or "." for dim in spec) or "whole"

@@ -1,0 +1,506 @@
+"""The Plan: abstract state, its shardings, the batch sharding, and the pure step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardtrain.errors import ConfigError, DataError, ShardingError, ShardTrainError
+from shardtrain.parallel.groups import Loss, as_loss, group_order
+from shardtrain.parallel.presets import PRESETS, fsdp_tensor
+from shardtrain.plan import layout as layouts
+from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
+from shardtrain.plan.model import FROZEN, VARIABLES, Model, as_model
+from shardtrain.sharding import Annotations, Rules, annotate, context
+from shardtrain.sharding.names import suggestion
+from shardtrain.sharding.rules import mesh_text
+from shardtrain.train.state import TrainState, cursor_words
+from shardtrain.train.step import StepParts, evaluate_step, train_step
+from shardtrain.tree import flatten
+
+log = logging.getLogger("shardtrain")
+PRECISIONS = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def batch_spec(**fields: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch: `batch_spec(x=(256, 512), y=((256,), "int32"))`.
+
+    Args:
+        fields: name -> shape (float32), or (shape, dtype), or anything with `.shape` and `.dtype`.
+            The first dim of every field is the rows of the global batch.
+    """
+    result = {}
+    for name, value in fields.items():
+        if hasattr(value, "shape"):
+            result[name] = jax.ShapeDtypeStruct(tuple(value.shape), _device_dtype(value.dtype))
+        elif len(value) == 2 and isinstance(value[0], tuple | list):
+            result[name] = jax.ShapeDtypeStruct(tuple(value[0]), jnp.dtype(value[1]))
+        else:
+            result[name] = jax.ShapeDtypeStruct(tuple(value), jnp.float32)
+    return result
+
+
+def _device_dtype(dtype: Any) -> Any:
+    return jax.dtypes.canonicalize_dtype(np.dtype(dtype) if not hasattr(dtype, "numpy") else str(dtype).split(".")[-1])
+
+
+def plan(
+    model: Any,
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    batch: Any,
+    mesh: Mesh,
+    rules: Rules | str = fsdp_tensor,
+    microbatches: int = 1,
+    groups: int | None = None,
+    precision: str = "f32",
+    wire_dtype: Any = None,
+    reduce_dtype: Any = jnp.float32,
+    trainable: Any = None,
+    annotations: Annotations | Mapping[str, Any] | None = None,
+    learning_rate: Any = None,
+) -> Plan:
+    """Decide where everything lives, and check it, without allocating anything.
+
+    Args:
+        model: a factory `rngs -> nnx.Module`, an `nnx.Module` with weights, `st.linen(...)`, or a
+            pair `(init(key) -> params, apply(params, *args))`.
+        loss_fn: `(model, batch[, rngs])` of one group's rows -> `st.Loss`, a scalar (the mean over
+            the rows), or `(scalar, metrics)`. `rngs` is an `nnx.Rngs` of the group's key.
+        optimizer: any optax transform; it sees global gradients, so norms are exact.
+        batch: global shapes, see `batch_spec`; a pytree of anything with shape and dtype.
+        mesh: see `make_mesh`.
+        rules: see `st.rules`; a name or a value.
+        microbatches: how many groups each device takes one after the other; a lever on memory.
+        groups: number of groups G; default: batch shards x microbatches. With it given, a device
+            takes G / shards groups, whatever `microbatches` says.
+        precision: "f32", or "bf16": parameters are float32 and cast to bfloat16 for the loss.
+        wire_dtype: of gathered weights; default: the compute dtype, float32 on CPU.
+        reduce_dtype: of the reduction of gradients.
+        trainable: an nnx filter; parameters it leaves out are kept but not trained.
+        annotations: `st.annotate({...})`, logical axes by path for models that carry none.
+        learning_rate: number or schedule of the step, only to report it as a metric.
+
+    Raises:
+        ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
+    """
+    if isinstance(rules, str):
+        if rules not in PRESETS:
+            raise ShardingError(
+                f"no rules called '{rules}'", where="rules", fix=suggestion(rules, PRESETS, "a st.Rules value")
+            )
+        rules = PRESETS[rules]
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"'{precision}' is none", where="precision", fix=suggestion(precision, PRECISIONS, "f32")
+        )
+    layouts.check_mesh(mesh, rules)
+    abstract_batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(tuple(x.shape), _device_dtype(x.dtype)),
+        batch,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
+    rows, groups = _group_count(abstract_batch, mesh, rules, microbatches, groups)
+    group_batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((rows // groups, *s.shape[1:]), s.dtype), abstract_batch
+    )
+    adapted = as_model(model, group_batch, trainable)
+    if annotations is not None and not isinstance(annotations, Annotations):
+        annotations = annotate(annotations)
+
+    params, model_state = jax.eval_shape(adapted.init, jax.random.key(0))
+    named = {**flatten(params), **flatten(model_state.get(FROZEN, {}))}
+    axes: dict[str, Any] = {path: adapted.axes.get(path) for path in named}
+    if annotations is not None:
+        axes = annotations.apply({p: leaf.shape for p, leaf in named.items()}, axes)
+
+    compute = PRECISIONS[precision]
+    platform = mesh.devices.flat[0].platform
+    wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
+    loss = _group_loss(adapted, loss_fn, rows // groups, train=True)
+    stacks = _watch(loss, params, model_state, group_batch, rules)
+    leaves = layouts.parameter_leaves(
+        named,
+        axes,
+        rules=rules,
+        mesh=mesh,
+        stacks=stacks,
+        dtypes=(jnp.dtype(compute), jnp.dtype(wire), jnp.dtype(reduce_dtype)),
+    )
+    return Plan(
+        adapter=adapted,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        mesh=mesh,
+        rules=rules,
+        microbatches=groups // math.prod(mesh.shape[a] for a in rules.batch_axes(mesh)),
+        groups=groups,
+        precision=precision,
+        batch=abstract_batch,
+        global_batch=rows,
+        leaves=leaves,
+        stacks=stacks,
+        learning_rate=learning_rate,
+        abstract_state=_abstract_state(adapted, params, model_state, optimizer, leaves, mesh),
+    )
+
+
+def _group_count(
+    batch: Any, mesh: Mesh, rules: Rules, microbatches: int, groups: int | None
+) -> tuple[int, int]:
+    named = flatten(batch)
+    if not named:
+        raise DataError("no fields", where="batch", fix="st.batch_spec(x=(rows, ...), ...)")
+    for name, leaf in named.items():
+        if not leaf.shape:
+            raise DataError("a scalar has no rows", where=f"batch field '{name}'", fix="one value per row")
+    sizes = {name: leaf.shape[0] for name, leaf in named.items()}
+    rows = next(iter(sizes.values()))
+    if len(set(sizes.values())) > 1:
+        raise DataError(
+            f"fields have different numbers of rows: {sizes}", where="batch", fix="the same first dim in every field"
+        )
+    axes = rules.batch_axes(mesh)
+    shards = math.prod(mesh.shape[a] for a in axes)
+    over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes) or "one batch shard"
+    if microbatches < 1:
+        raise ConfigError(f"{microbatches}", where="microbatches", fix="1 or more")
+    count = groups if groups is not None else shards * microbatches
+    if count < 1 or count % shards:
+        raise ConfigError(
+            f"{count} groups cannot be divided over {shards} batch shards ({over})",
+            where="groups",
+            why="a group is what one call of the loss sees, and is not split over devices",
+            fix=f"a mesh whose batch axes multiply to a divisor of {count}, with the rest on tensor",
+        )
+    if rows % count:
+        raise ConfigError(
+            f"{rows} rows are not divisible by {count} groups ({over}, {count // shards} microbatches)",
+            where="global batch",
+            fix=f"{-(-rows // count) * count} rows, or fewer microbatches or batch shards",
+        )
+    return rows, count
+
+
+def _group_loss(model: Model, loss_fn: Callable[..., Any], rows: int, *, train: bool) -> Any:
+    """The user's loss on one group, as a pure function of arrays."""
+    arity = _arity(loss_fn)
+
+    def loss(params: Any, frozen: Any, variables: Any, key: jax.Array, batch: Any) -> tuple[Loss, Any]:
+        from flax import nnx
+
+        state = {FROZEN: frozen, VARIABLES: variables}
+        bound = model.bind(params, state, jax.random.fold_in(key, 0), train)
+        rngs = (nnx.Rngs(jax.random.fold_in(key, 1)),) if arity > 2 else ()
+        result = as_loss(loss_fn(bound, batch, *rngs), rows)
+        return result, model.variables(bound)
+
+    return loss
+
+
+def _arity(loss_fn: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):
+        return 3
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if count < 2:
+        raise ConfigError(f"takes {count} arguments", where="loss_fn", fix="loss_fn(model, batch, rngs)")
+    return count
+
+
+def _watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> frozenset[str]:
+    """Trace the loss once on shapes alone: finds its mistakes early, and which stacks it gathers itself."""
+    seen = context.Layout(mesh=None, activations=rules.activations)
+    with context.use(seen):
+        result, variables = jax.eval_shape(
+            loss, params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
+        )
+    before, after = flatten(model_state.get(VARIABLES, {})), flatten(variables)
+    if {p: x.shape for p, x in before.items()} != {p: x.shape for p, x in after.items()}:
+        raise ShardTrainError(
+            "the loss changes the structure or shapes of the model's state",
+            where="loss_fn",
+            why=f"before: {sorted(before)[:6]}; after: {sorted(after)[:6]}",
+            fix="create every variable in the module's __init__ (or during linen init)",
+        )
+    taken = {"loss", "grad_norm", "param_norm", "tokens", "learning_rate"} & set(result.metrics)
+    if taken:
+        raise ConfigError(f"metric names are taken: {sorted(taken)}", where="loss_fn", fix="other names")
+    return frozenset(seen.gathered)
+
+
+def _abstract_state(
+    model: Model, params: Any, model_state: Any, optimizer: Any, leaves: Mapping[str, layouts.Leaf], mesh: Mesh
+) -> TrainState:
+    whole = PartitionSpec()
+    by_path = lambda tree: jax.tree.unflatten(  # noqa: E731
+        jax.tree.structure(tree), [leaves[p].spec if p in leaves else whole for p in flatten(tree)]
+    )
+    opt_state = jax.eval_shape(optimizer.init, params)
+    specs = TrainState.of(
+        step=whole,
+        params=by_path(params),
+        model_state={
+            k: by_path(v) if k == FROZEN else jax.tree.map(lambda _: whole, v) for k, v in model_state.items()
+        },
+        opt_state=layouts.optimizer_specs(opt_state, leaves),
+        grad_state={},
+        key=whole,
+        cursor=whole,
+    )
+    shapes = TrainState.of(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        grad_state={},
+        key=jax.ShapeDtypeStruct(jax.random.key_data(jax.random.key(0)).shape, jnp.uint32),
+        cursor=jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    return layouts.with_sharding(shapes, specs, mesh)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """See `plan`. Trainer, checkpoints and reports ask this object where arrays live.
+
+    `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
+    `leaves`: path of a parameter -> shape, logical axes, spec. `groups`, `microbatches`: see `plan`.
+    """
+
+    adapter: Model
+    loss_fn: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    rules: Rules
+    microbatches: int
+    groups: int
+    precision: str
+    batch: Any
+    global_batch: int
+    leaves: Mapping[str, layouts.Leaf]
+    stacks: frozenset[str]
+    learning_rate: Any
+    abstract_state: TrainState
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def init(self, seed: int = 0) -> TrainState:
+        """The state at step 0, every leaf created where it lives; no device or host holds all of it.
+
+        The random bits are those of the bare model at this seed, on every mesh.
+        """
+        structure = self.abstract_state.structure
+
+        def create(key: jax.Array) -> tuple[Any, ...]:
+            params, model_state = self.adapter.init(key)
+            state = TrainState.of(
+                step=jnp.int32(0),
+                params=params,
+                model_state=model_state,
+                opt_state=self.optimizer.init(params),
+                grad_state={},
+                key=jax.random.key_data(jax.random.fold_in(key, 1)),
+                cursor=jnp.asarray(cursor_words(0)),
+            )
+            assert state.structure == structure, "init and the abstract state differ"
+            return state.leaves
+
+        shardings = tuple(leaf.sharding for leaf in self.abstract_state.leaves)
+        return TrainState(jax.jit(create, out_shardings=shardings)(jax.random.key(seed)), structure)
+
+    def model(self, state: TrainState) -> Any:
+        """The user's model with the trained parameters, for evaluation: an `nnx.Module`, or a bound
+        function for linen modules and pairs. Inside `plan.jit` too."""
+        return self.adapter.bind(state.params, state.model_state, None, False)
+
+    # --- batches ---------------------------------------------------------------------------------
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Rows over the batch axes."""
+        return NamedSharding(self.mesh, PartitionSpec(self._batch_axes or None))
+
+    @property
+    def _batch_axes(self) -> tuple[str, ...]:
+        return self.rules.batch_axes(self.mesh)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the global batch that this process supplies, ascending."""
+        return np.sort(self._device_rows)
+
+    @property
+    def _device_rows(self) -> np.ndarray:
+        """The same rows in the order in which this process's devices hold them."""
+        order = group_order(self.global_batch, self.groups)
+        if jax.process_count() == 1:
+            return order
+        slices = self.batch_sharding.addressable_devices_indices_map((self.global_batch,)).values()
+        spans = sorted({(s[0].start or 0, s[0].stop or self.global_batch) for s in slices})
+        return np.concatenate([order[a:b] for a, b in spans])
+
+    def put(self, batch: Any) -> Any:
+        """This process's rows (in the order of `plan.rows`) onto the devices, grouped.
+
+        Raises:
+            DataError: fields, shapes or dtypes other than the plan's.
+        """
+        expected, structure = jax.tree.flatten(self.batch)
+        leaves, found = jax.tree.flatten(batch)
+        if found != structure:
+            raise DataError(
+                f"the batch is {found}, the plan has {structure}", where="plan.put", fix="the fields of batch_spec"
+            )
+        device_rows = self._put_order
+        return jax.tree.unflatten(
+            structure, [self._put_leaf(x, spec, device_rows) for x, spec in zip(leaves, expected, strict=True)]
+        )
+
+    @property
+    def _put_order(self) -> np.ndarray:
+        cached = self.__dict__.get("_order")
+        if cached is None:
+            device_rows = self._device_rows
+            cached = np.searchsorted(np.sort(device_rows), device_rows)
+            object.__setattr__(self, "_order", cached)
+        return cached
+
+    def _put_leaf(self, value: Any, spec: Any, order: np.ndarray) -> jax.Array:
+        rows = np.asarray(value)
+        if rows.shape != (len(order), *spec.shape[1:]):
+            raise DataError(
+                f"shape {rows.shape}, the plan has {(len(order), *spec.shape[1:])} for this process",
+                where="plan.put",
+                fix="the shapes of batch_spec; drop or pad an incomplete last batch",
+            )
+        if jnp.issubdtype(rows.dtype, jnp.floating) != jnp.issubdtype(spec.dtype, jnp.floating):
+            raise DataError(
+                f"dtype {rows.dtype}, the plan has {spec.dtype}", where="plan.put", fix="the dtypes of batch_spec"
+            )
+        rows = rows[order].astype(spec.dtype, copy=False)
+        if jax.process_count() == 1:
+            return jax.device_put(rows, self.batch_sharding)
+        return jax.make_array_from_process_local_data(self.batch_sharding, rows, spec.shape)
+
+    # --- programs --------------------------------------------------------------------------------
+
+    def _parts(self, *, train: bool, loss_fn: Callable[..., Any] | None = None) -> StepParts:
+        manual = frozenset(self._batch_axes)
+        if manual:  # axes of one device too: a region that is manual over every axis is the simplest
+            manual |= {a for a, n in self.mesh.shape.items() if n == 1}
+        shards = {path: leaf.shard for path, leaf in self.leaves.items()}
+        return StepParts(
+            mesh=self.mesh,
+            layout=context.Layout(self.mesh, self.rules.activations, manual, shards),
+            batch_axes=self._batch_axes,
+            shards=shards,
+            reduced={path: leaf.optimizer for path, leaf in self.leaves.items()},
+            stacks=self.stacks,
+            groups=self.groups,
+            loss=_group_loss(
+                self.adapter, loss_fn or self.loss_fn, self.global_batch // self.groups, train=train
+            ),
+            merges=self.adapter.merges,
+        )
+
+    def _rate(self, opt_state: Any, step: jax.Array) -> Any:
+        if self.learning_rate is not None:
+            return self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        try:
+            return optax.tree_utils.tree_get(opt_state, "learning_rate")
+        except KeyError:
+            return None
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The pure step, to be traced: what `compile` compiles."""
+        return train_step(self._parts(train=True), self.optimizer, self._rate, state, batch)
+
+    def compile(self, *, donate: bool = True) -> Step:
+        """The compiled training step: `state, metrics = step(state, plan.put(batch))`.
+
+        Args:
+            donate: reuse the memory of the old state for the new one.
+
+        Uses JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`, else the user's cache folder).
+        """
+        use_compilation_cache()
+        return Step(self, self.step, donate=donate)
+
+    def compile_eval(self, loss_fn: Callable[..., Any] | None = None) -> EvalStep:
+        """Sums of loss and weight over one batch, without dropout: `evaluate(state, plan.put(batch))`."""
+        use_compilation_cache()
+        return EvalStep(self, lambda state, batch: evaluate_step(self._parts(train=False, loss_fn=loss_fn), state, batch))
+
+    def jit(self, function: Callable[..., Any], *, donate: bool = False) -> Compiled:
+        """Compile any function of `(state, batch)` over the same shardings: generation, distillation, RL.
+
+        Inside, arrays are global; `plan.model(state)` is the model, and `st.constrain` works. Returned
+        `TrainState`s keep the plan's shardings.
+        """
+        layout = context.Layout(self.mesh, self.rules.activations)
+
+        def run(state: TrainState, batch: Any) -> Any:
+            with context.use(layout):
+                return function(state, batch)
+
+        return Compiled(self, run, donate=donate)
+
+    # --- reports ---------------------------------------------------------------------------------
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the model, trained and frozen."""
+        return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state on one device."""
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self.abstract_state.leaves
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint or a report keeps of the plan, as JSON."""
+        import flax
+
+        tree = flatten(self.abstract_state)
+        return {
+            "mesh": dict(self.mesh.shape),
+            "rules": self.rules.name,
+            "groups": self.groups,
+            "microbatches": self.microbatches,
+            "global_batch": self.global_batch,
+            "precision": self.precision,
+            "parameters": self.parameter_count,
+            "state_bytes_per_device": self.state_bytes,
+            "versions": {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__},
+            "tree": {
+                path: {
+                    "shape": list(leaf.shape),
+                    "dtype": str(leaf.dtype),
+                    "spec": layouts.spec_text(leaf.sharding.spec),
+                }
+                for path, leaf in tree.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        return layouts.report(self.leaves, self.mesh, self.rules, self.state_bytes)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.parameter_count:,} parameters, mesh {mesh_text(self.mesh)}, rules {self.rules.name})"

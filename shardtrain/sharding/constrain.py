@@ -1,0 +1,112 @@
+"""Logical axes on values: `logical` for parameters, `constrain` for activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shardtrain.errors import ShardingError
+from shardtrain.sharding import context
+from shardtrain.sharding.names import suggestion
+
+
+def logical(initializer: Callable[..., jax.Array], *axes: str | None) -> Callable[..., Any]:
+    """An nnx initializer whose parameter carries the logical axes of its dims.
+
+    Args:
+        initializer: `(key, shape, dtype) -> array`.
+        axes: one logical axis (or None) per dim of the parameter.
+
+    Returns:
+        An initializer for `nnx.Linear(kernel_init=...)` and friends. Metadata only: the model
+        constructs and runs the same with and without a mesh.
+    """
+    from flax import nnx
+
+    return nnx.with_partitioning(initializer, axes, eager_sharding=False)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin the sharding of an activation by the meaning of its dims.
+
+    Outside a Plan this returns `x` and costs nothing. Inside, axes that an enclosing `shard_map`
+    holds (the batch axes) are dropped, since those dims are local there already.
+
+    Args:
+        x: array of any dtype; leading dims not named are left alone, so that
+            `constrain(x, "mlp")` names the last dim.
+        axes: logical axis or None per trailing dim. `"batch"` first names the whole shape.
+
+    Returns:
+        `x` with the sharding of the Plan's activation rules.
+
+    Raises:
+        ShardingError: more axes than dims, an axis that no rule knows, a dim that does not divide,
+            or two dims on one mesh axis.
+    """
+    layout = context.current()
+    if layout is None:
+        return x
+    if len(axes) > x.ndim:
+        raise ShardingError(
+            f"{len(axes)} logical axes {axes} for an array of {x.ndim} dims {x.shape}",
+            where="constrain",
+            fix="name at most one logical axis per dim",
+        )
+    dims: list[Any] = []
+    used: dict[str, str] = {}
+    offset = x.ndim - len(axes)
+    # `constrain(h, "batch", "mlp")` on [batch, seq, mlp]: "batch" is always the leading dim.
+    names: list[str | None] = [None] * offset + list(axes)
+    if offset and axes and axes[0] == "batch":
+        names = ["batch"] + [None] * offset + list(axes[1:])
+    for dim, name in enumerate(names):
+        if name is None:
+            dims.append(None)
+            continue
+        if name not in layout.activations:
+            raise ShardingError(
+                f"no activation rule for logical axis '{name}'",
+                where=f"constrain{axes}",
+                why=f"known: {', '.join(sorted(layout.activations))}",
+                fix=suggestion(name, layout.activations, f"rules.override(activations={{'{name}': None}})"),
+            )
+        if layout.mesh is None:
+            continue
+        free = tuple(a for a in layout.activations[name] if a not in layout.manual and layout.mesh.shape.get(a, 1) > 1)
+        for axis in free:
+            if axis in used:
+                raise ShardingError(
+                    f"dims '{used[axis]}' and '{name}' both claim mesh axis '{axis}'",
+                    where=f"constrain{axes}",
+                    why=f"shape {x.shape}",
+                    fix=f"rules.override(activations={{'{name}': None}})",
+                )
+            used[axis] = name
+        size = 1
+        for axis in free:
+            size *= layout.mesh.shape[axis]
+        if x.shape[dim] % size:
+            mesh = " ".join(f"{a}={layout.mesh.shape[a]}" for a in free)
+            raise ShardingError(
+                f"dim {dim} '{name}' = {x.shape[dim]} is not divisible by {size} (mesh {mesh})",
+                where=f"constrain{axes}",
+                why=f"shape {x.shape}",
+                fix=f"a size that {size} divides, a smaller {free[-1]} axis, "
+                f"or rules.override(activations={{'{name}': None}})",
+            )
+        dims.append(free[0] if len(free) == 1 else free or None)
+    if layout.mesh is None:
+        return x
+    return place(x, PartitionSpec(*dims), layout)
+
+
+def place(x: jax.Array, spec: PartitionSpec, layout: context.Layout) -> jax.Array:
+    """`with_sharding_constraint` that also works where some axes are manual."""
+    mesh: Any = layout.mesh
+    if layout.manual:
+        mesh = jax.sharding.get_abstract_mesh()  # a concrete mesh is refused inside shard_map
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -1,0 +1,44 @@
+"""What a Plan tells the model while it is being traced.
+
+The layout travels in a JAX user context, which is part of the key of JAX's trace caches: an inner
+`jit`, `checkpoint` or `scan` that was traced under one layout is traced again under another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+_layout = jax.make_user_context(default_value=None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Mesh and rules as one trace sees them. Compared by identity, so it can be part of a cache key.
+
+    `mesh`: None in the first abstract trace, which needs no devices and only watches the model.
+    `activations`: logical axis -> mesh axes. `manual`: mesh axes that an enclosing `shard_map` holds.
+    `params`: path of a parameter leaf -> how `gather` makes it whole (see `parallel/fsdp.py`).
+    `gathered`: filled by `gather` with the path prefixes that the model makes whole itself.
+    """
+
+    mesh: jax.sharding.Mesh | None
+    activations: Mapping[str, tuple[str, ...]]
+    manual: frozenset[str] = frozenset()
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gathered: set[str] = dataclasses.field(default_factory=set)
+
+
+def current() -> Layout | None:
+    """The layout of the trace under way, or None outside a Plan."""
+    return _layout.value
+
+
+@contextlib.contextmanager
+def use(layout: Layout) -> Iterator[Layout]:
+    with _layout(layout):
+        yield layout

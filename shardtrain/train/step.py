@@ -1,0 +1,281 @@
+"""The step: gradients -> reduce -> update.
+
+Gradients are taken where the batch axes are manual (`shard_map`): each device runs the plain loss on
+its own groups of rows, gathers weights where it uses them, and reduces once. The tensor axis stays
+automatic inside. The update runs outside, on global arrays, so any optax transform is exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from shardtrain.parallel.fsdp import Shard, gather_leaf, reduce_leaf, varying
+from shardtrain.parallel.groups import Loss, group_key
+from shardtrain.parallel.remat import remat
+from shardtrain.sharding import context
+from shardtrain.tree import flatten
+from shardtrain.train.state import TrainState, advance
+
+LossFunction = Callable[[Any, Any, Any, jax.Array, Any], tuple[Loss, Any]]
+"""`(params, frozen, variables, key, rows) -> (Loss, new variables)`: one group."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepParts:
+    """What a step is made of; a Plan fills it in.
+
+    `shards`: path -> `Shard`, for `params` and `frozen` alike. `reduced`: path -> the spec in which a
+    gradient leaves the reduction. `stacks`: path prefixes that the model makes whole itself.
+    `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows.
+    `merges`: path of a variable -> mean, sum or last.
+    """
+
+    mesh: Mesh
+    layout: context.Layout
+    batch_axes: tuple[str, ...]
+    shards: Mapping[str, Shard]
+    reduced: Mapping[str, PartitionSpec]
+    stacks: frozenset[str]
+    groups: int
+    loss: LossFunction
+    merges: Mapping[str, str]
+
+    @property
+    def shard_count(self) -> int:
+        """Devices (or tensor groups of devices) that divide the batch."""
+        return math.prod(self.mesh.shape[a] for a in self.batch_axes)
+
+
+def _by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    leaves = [function(path, leaf) for path, leaf in flatten(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _whole(parts: StepParts, tree: Any) -> Any:
+    """Parameters as the loss sees them: whole, in the compute dtype, but for stacks gathered later."""
+
+    def whole(path: str, leaf: Any) -> Any:
+        if any(path.startswith(f"{prefix}/") for prefix in parts.stacks):
+            return leaf
+        return gather_leaf(leaf, parts.shards[path])
+
+    return _by_path(whole, tree)
+
+
+def _manual(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The part of a spec that the manual region sees: only the batch axes."""
+    dims = [tuple(a for a in ((d,) if isinstance(d, str) else d or ()) if a in axes) for d in spec]
+    return PartitionSpec(*[d[0] if len(d) == 1 else d or None for d in dims])
+
+
+def _scalars(loss: Loss) -> tuple[jax.Array, tuple[str, ...]]:
+    """`[sum, weight, numerator and denominator of each metric]` as one vector, so that they travel together."""
+    weight = jnp.float32(loss.weight)
+    values = [jnp.float32(loss.sum), weight]
+    for value in loss.metrics.values():
+        pair = value if isinstance(value, tuple) else (value * weight, weight)
+        values += [jnp.float32(v) for v in pair]
+    return jnp.stack(values), tuple(loss.metrics)
+
+
+def gradients(
+    parts: StepParts, params: Any, model_state: Mapping[str, Any], key: jax.Array, step: jax.Array, batch: Any
+) -> tuple[Any, jax.Array, Any, tuple[str, ...]]:
+    """Sum over all groups of the gradients of `Loss.sum`, the scalars, and the merged variables.
+
+    Returns:
+        Gradients (float32, not divided by the weight) in the specs `parts.reduced`; a vector
+        `[sum, weight, ...]`; new variables; the names of the metrics in the vector.
+
+    Communicates: per group, what `gather` says for sharded parameters; once per step, all-reduce
+    (2f*X) or reduce-scatter (f*X) of the gradients in the reduce dtype over the batch axes.
+    """
+    names: list[tuple[str, ...]] = []
+
+    def one_group(
+        params: Any, frozen: Any, variables: Any, key: jax.Array, step: jax.Array, group: jax.Array, rows: Any
+    ) -> Any:
+        group_rng = group_key(jax.random.wrap_key_data(key), step, group)
+
+        def objective(params: Any) -> Any:
+            loss, new = parts.loss(_whole(parts, params), _whole(parts, frozen), variables, group_rng, rows)
+            scalars, metric_names = _scalars(loss)
+            names.append(metric_names)
+            return jnp.float32(loss.sum), (scalars, new)
+
+        if any(s.dim is not None for s in parts.shards.values()):
+            # Whatever the model saves, gathered weights are gathered again instead.
+            objective = remat(objective, "none")
+        (_, (scalars, new)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return jax.tree.map(jnp.float32, grads), scalars, new
+
+    def local(params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any) -> Any:
+        frozen, variables = model_state.get("frozen", {}), model_state.get("variables", {})
+        grads, scalars, new = _over_groups(
+            lambda group, rows: one_group(params, frozen, variables, key, step, group, rows), groups, batch, parts
+        )
+        grads = _by_path(lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.batch_axes), grads)
+        old = flatten(variables)
+        new = _by_path(lambda p, n: _merge(n, p, old[p], parts), new)
+        return grads, scalars[None], new
+
+    outs = (
+        _by_path(lambda p, _: _manual(parts.reduced[p], parts.batch_axes), params),
+        PartitionSpec(parts.batch_axes or None),
+        jax.tree.map(lambda _: PartitionSpec(), model_state.get("variables", {})),
+    )
+    grads, scalars, new = _on_devices(parts, local, outs)(params, model_state, key, step, batch)
+    return grads, scalars.sum(axis=0), new, names[0]
+
+
+def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    """`local(params, model_state, key, step, group ids, rows)` on every device's own rows and shards."""
+
+    def run(params: Any, model_state: Any, key: jax.Array, step: jax.Array, batch: Any) -> Any:
+        def body(params: Any, model_state: Any, *rest: Any) -> Any:
+            return local(*varying((params, model_state), parts.batch_axes), *rest)
+
+        mapped = body
+        if parts.batch_axes:
+            rows, whole = PartitionSpec(parts.batch_axes), PartitionSpec()
+            specs = _by_path(lambda p, _: _placed(parts.shards[p]), params)
+            state_specs = {
+                section: _by_path(lambda p, _: _placed(parts.shards[p]) if section == "frozen" else whole, tree)
+                for section, tree in model_state.items()
+            }
+            mapped = jax.shard_map(
+                body,
+                mesh=parts.mesh,
+                in_specs=(specs, state_specs, whole, whole, rows, rows),
+                out_specs=out_specs,
+                axis_names=set(parts.layout.manual),
+            )
+        with context.use(parts.layout):
+            return mapped(params, dict(model_state), key, step, jnp.arange(parts.groups, dtype=jnp.uint32), batch)
+
+    return run
+
+
+def _placed(shard: Shard) -> PartitionSpec:
+    if shard.dim is None:
+        return PartitionSpec()
+    return PartitionSpec(*[None] * shard.dim, shard.axes)
+
+
+def _over_groups(function: Callable[..., Any], groups: jax.Array, batch: Any, parts: StepParts) -> Any:
+    """Sum of `function(group, rows)` over the groups that this device holds, one after the other."""
+    count = parts.groups // parts.shard_count
+    rows = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+    if count == 1:
+        return function(groups[0], jax.tree.map(lambda x: x[0], rows))
+
+    first = jax.eval_shape(function, groups[0], jax.tree.map(lambda x: x[0], rows))
+    zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.batch_axes)
+
+    def body(total: Any, xs: Any) -> Any:
+        out = function(*xs)
+        return jax.tree.map(lambda t, o: o if _is_last(t) else t + o.astype(t.dtype), total, out), None
+
+    return jax.lax.scan(body, zeros, (groups, rows))[0]
+
+
+def _accumulator(dtype: Any) -> Any:
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def _is_last(x: jax.Array) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _merge(total: jax.Array, path: str, old: jax.Array, parts: StepParts) -> jax.Array:
+    """One variable from the copies of the groups: mean of floats, the last of all else."""
+    how = parts.merges.get(path, "last" if _is_last(old) else "mean")
+    axes = parts.batch_axes
+    if how == "last":
+        return jax.lax.pmax(total, axes) if axes else total
+    total = jax.lax.psum(total, axes) if axes else total
+    if how == "sum":
+        old = jax.lax.pmax(old, axes) if axes else old
+        return (total - (parts.groups - 1) * old).astype(old.dtype)
+    return (total / parts.groups).astype(old.dtype)
+
+
+def train_step(
+    parts: StepParts,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[Any, jax.Array], Any],
+    state: TrainState,
+    batch: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on one global batch.
+
+    theta <- theta - update(sum_g grad_g / sum_g weight_g): with equal weights and SGD this is
+    theta - (eta/P) sum_i g_i. See `tests/parity/test_update_rule.py`.
+    """
+    grads, scalars, variables, names = gradients(
+        parts, state.params, state.model_state, state.key, state.step, batch
+    )
+    weight = jnp.maximum(scalars[1], jnp.finfo(jnp.float32).tiny)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    params = state.params
+    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    metrics = {
+        "loss": scalars[0] / weight,
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+        "tokens": scalars[1],
+    }
+    rate = learning_rate(opt_state, state.step)
+    if rate is not None:
+        metrics["learning_rate"] = jnp.float32(rate)
+    metrics.update(_ratios(scalars, names))
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    new = state.replace(
+        step=state.step + 1,
+        params=params,
+        model_state={**state.model_state, "variables": variables} if variables else state.model_state,
+        opt_state=opt_state,
+        cursor=advance(state.cursor, rows),
+    )
+    return new, metrics
+
+
+def _ratios(scalars: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    return {
+        name: scalars[2 + 2 * i] / jnp.maximum(scalars[3 + 2 * i], jnp.finfo(jnp.float32).tiny)
+        for i, name in enumerate(names)
+    }
+
+
+def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, jax.Array]:
+    """Sums of the loss and its weight (and of each metric) over one batch; no gradients, nothing changed."""
+    names: list[tuple[str, ...]] = []
+
+    def local(params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any) -> Any:
+        frozen, variables = model_state.get("frozen", {}), model_state.get("variables", {})
+
+        def one(group: jax.Array, rows: Any) -> jax.Array:
+            group_rng = group_key(jax.random.wrap_key_data(key), step, group)
+            loss, _ = parts.loss(_whole(parts, params), _whole(parts, frozen), variables, group_rng, rows)
+            scalars, metric_names = _scalars(loss)
+            names.append(metric_names)
+            return scalars
+
+        return _over_groups(one, groups, batch, parts)[None]
+
+    run = _on_devices(parts, local, PartitionSpec(parts.batch_axes or None))
+    scalars = run(state.params, state.model_state, state.key, jnp.int32(0), batch).sum(axis=0)
+    result = {"loss_sum": scalars[0], "loss_weight": scalars[1]}
+    for i, name in enumerate(names[0]):
+        result[f"{name}_sum"], result[f"{name}_weight"] = scalars[2 + 2 * i], scalars[3 + 2 * i]
+    return result
+
