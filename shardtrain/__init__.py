@@ -19,6 +19,7 @@ _HOMES = {
         "DataError",
         "LaunchError",
         "MeshError",
+        "RunError",
         "ShardTrainError",
         "ShardingError",
     ),
@@ -27,14 +28,14 @@ _HOMES = {
     "shardtrain.parallel.groups": ("Loss",),
     "shardtrain.plan.fit": ("Run", "fit"),
     "shardtrain.plan.model": ("linen",),
-    "shardtrain.plan.plan": ("Plan", "batch_spec", "plan"),
+    "shardtrain.plan.plan": ("Plan", "batch_spec"),
     "shardtrain.sharding": ("Rules", "annotate", "constrain", "logical"),
     "shardtrain.train.state": ("TrainState",),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = {"rules": "shardtrain.parallel.presets", "models": "shardtrain.models", "mesh": "shardtrain.mesh"}
+_MODULES = {"plan": "shardtrain.plan", "rules": "shardtrain.parallel.presets"}
 
-__all__ = ["__version__", "rules", *sorted(_WHERE)]
+__all__ = ["__version__", *sorted([*_MODULES, *_WHERE])]
 
 
 def __getattr__(name: str) -> Any:

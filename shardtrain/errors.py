@@ -51,3 +51,7 @@ class CheckpointError(ShardTrainError):
 
 class LaunchError(ShardTrainError):
     """Processes could not be started or found."""
+
+
+class RunError(ShardTrainError):
+    """The run itself failed: the loss is no number, a process died. Not the input's fault."""

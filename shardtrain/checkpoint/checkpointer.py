@@ -81,13 +81,14 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._preemption.remove()
         try:
             self.close()
         except CheckpointError as failure:
             if error is None:
                 raise
             error.add_note(f"and a checkpoint was not written: {failure}")
+        finally:
+            self._preemption.remove()  # last: a SIGTERM now must not cut the save that it asked for
 
     def restore_or_init(self, plan: Plan, seed: int = 0) -> Any:
         """The newest state in the folder, in the plan's shardings; `plan.init(seed)` if there is none.

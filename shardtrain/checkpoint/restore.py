@@ -67,12 +67,10 @@ def read_state(
         )
     content = manifest.read(path, step)
     leaves = manifest.paths(plan.abstract_state)
-    fields = {p[0] for p in leaves}
+    fields = {p[0] for p in leaves} | {name.split("/")[0] for name in content["tree"]}
     chosen = fields if parts is None else set(parts)
-    if unknown := chosen - fields - {name.split("/")[0] for name in content["tree"]}:
-        raise CheckpointError(
-            f"unknown parts {sorted(unknown)}", where="parts", fix=f"choose among {sorted(fields)}"
-        )
+    if unknown := sorted(chosen - fields):
+        raise CheckpointError(f"unknown parts {unknown}", where="parts", fix=f"choose among {sorted(fields)}")
     manifest.check_tree(path, content, leaves, chosen)
     manifest.check_files(path, step, content)
 

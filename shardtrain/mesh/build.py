@@ -55,7 +55,9 @@ def make_mesh(
     for axis, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
             raise MeshError(
-                f"size {size!r} is not a positive integer", where=f"mesh axis '{axis}'", fix=f"{axis}=-1 for the rest"
+                f"size {size!r} is not a positive integer",
+                where=f"mesh axis '{axis}'",
+                fix=f"{axis}=-1 for the rest",
             )
     names = [a for a in AXES if a in sizes] + [a for a in sizes if a not in AXES]
     shape = resolve_sizes({a: sizes[a] for a in names}, len(devices))
@@ -68,7 +70,9 @@ def resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     text = " x ".join(f"{a}={n}" for a, n in sizes.items())
     free = [a for a, n in sizes.items() if n == -1]
     if len(free) > 1:
-        raise MeshError(f"more than one axis is -1: {', '.join(free)}", where=f"mesh {text}", fix=f"a size for {free[0]}")
+        raise MeshError(
+            f"more than one axis is -1: {', '.join(free)}", where=f"mesh {text}", fix=f"a size for {free[0]}"
+        )
     fixed = math.prod(n for n in sizes.values() if n != -1)
     if free:
         if count % fixed:
@@ -84,7 +88,9 @@ def resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
         raise MeshError(
             f"the mesh has {fixed} positions, but there are {count} devices",
             where=f"mesh {text}",
-            fix=", ".join([*fits, "-1 for one axis", f"or {fixed} devices (for simulated ones: cpu:{fixed})"]),
+            fix=", ".join(
+                [*fits, "-1 for one axis", f"or {fixed} devices (for simulated ones: cpu:{fixed})"]
+            ),
         )
     return dict(sizes)
 

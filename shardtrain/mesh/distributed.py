@@ -133,7 +133,9 @@ def _local_gpus() -> list[int] | None:
 def _local_processes() -> tuple[int, int]:
     environment = os.environ
     if "SLURM_LOCALID" in environment:
-        tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1")))
+        tasks = re.match(
+            r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
+        )
         return int(tasks.group()) if tasks else 1, int(environment["SLURM_LOCALID"])
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])

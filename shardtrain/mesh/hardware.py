@@ -60,7 +60,13 @@ CHIPS: dict[str, Chip] = {
         ),
         Chip(
             "a100",
-            {"bf16": 312 * TERA, "f16": 312 * TERA, "tf32": 156 * TERA, "f32": 19.5 * TERA, "int8": 624 * TERA},
+            {
+                "bf16": 312 * TERA,
+                "f16": 312 * TERA,
+                "tf32": 156 * TERA,
+                "f32": 19.5 * TERA,
+                "int8": 624 * TERA,
+            },
             80 * GIB,
             2039 * GIGA,
             300 * GIGA,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.errors import DataError
 from shardtrain.plan import hlo
@@ -41,22 +42,29 @@ class Compiled:
         def flat(*leaves: Any) -> tuple[Any, ...]:
             state = TrainState(leaves[:count], self._structure)
             result = function(state, jax.tree.unflatten(batch_structure, leaves[count:]))
-            result = jax.tree.map(self._keep, result, is_leaf=lambda x: isinstance(x, TrainState))
-            out, self._out = jax.tree.flatten(result)
-            return tuple(out)
+            return self._outputs(result)
 
         self._jitted = jax.jit(
             flat,
             in_shardings=shardings + (plan.batch_sharding,) * len(batch_leaves),
+            out_shardings=self._out_shardings(shardings),
             donate_argnums=tuple(range(count)) if donate else (),
         )
-        abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves]
+        abstract = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves
+        ]
         self.lowered = self._jitted.lower(*plan.abstract_state.leaves, *abstract)
         self.executable = self.lowered.compile()
-        self._finish()
 
-    def _finish(self) -> None:
-        """What a subclass wants to know of the output's structure."""
+    def _out_shardings(self, state: tuple[Any, ...]) -> Any:
+        """Shardings of the outputs, where they are known before tracing."""
+        return None
+
+    def _outputs(self, result: Any) -> Any:
+        """What the compiled function returns; plain tuples, which JAX builds without Python."""
+        result = jax.tree.map(self._keep, result, is_leaf=lambda x: isinstance(x, TrainState))
+        out, self._out = jax.tree.flatten(result)
+        return tuple(out)
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, TrainState):
@@ -96,16 +104,17 @@ class Compiled:
 class Step(Compiled):
     """The training step. Never waits for the device; the metrics are device values."""
 
-    def _finish(self) -> None:
-        state, metrics = jax.tree.unflatten(self._out, range(self._out.num_leaves))
-        assert state.leaves == tuple(range(self._count)), "the new state comes first"
-        self._names = tuple(metrics)
-        self._slots = tuple(metrics.values())
+    def _out_shardings(self, state: tuple[Any, ...]) -> Any:
+        return state, NamedSharding(self.plan.mesh, PartitionSpec())
+
+    def _outputs(self, result: tuple[TrainState, dict[str, jax.Array]]) -> Any:
+        state, metrics = result
+        assert state.structure == self._structure, "the step changes the structure of the state"
+        return state.leaves, metrics
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        out = self._flat(state, batch)
-        metrics = {name: out[slot] for name, slot in zip(self._names, self._slots, strict=True)}
-        return TrainState(out[: self._count], self._structure), metrics
+        leaves, metrics = self._flat(state, batch)
+        return TrainState(leaves, self._structure), metrics
 
 
 class EvalStep(Compiled):

@@ -175,7 +175,11 @@ def replica_groups(rest: str, mesh: Mesh) -> list[list[int]]:
         ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         axes = [list(sizes).index(name) for name in chosen]
         others = [i for i in range(len(sizes)) if i not in axes]
-        return ids.transpose(others + axes).reshape(-1, math.prod(list(sizes.values())[i] for i in axes)).tolist()
+        return (
+            ids.transpose(others + axes)
+            .reshape(-1, math.prod(list(sizes.values())[i] for i in axes))
+            .tolist()
+        )
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         shape, dims = ([int(x) for x in match.group(i).split(",")] for i in (1, 2))
         ids = np.arange(math.prod(dims)).reshape(dims)
@@ -232,7 +236,9 @@ def collectives(text: str, mesh: Mesh) -> Collectives:
                 if not times[name]:
                     raise ValueError(f"collective {instruction.name} in {name} is not reached from the entry")
                 found.append(_collective(kind, instruction, times[name], mesh))
-    written = len(re.findall(rf"^\s+(?:ROOT )?%?[\w.\-]+ = .*? (?:{'|'.join(KINDS)})(?:-start)?\(", text, re.M))
+    written = len(
+        re.findall(rf"^\s+(?:ROOT )?%?[\w.\-]+ = .*? (?:{'|'.join(KINDS)})(?:-start)?\(", text, re.M)
+    )
     if written != len(found):
         raise ValueError(f"{written} collectives in the text, {len(found)} parsed")
     return found
@@ -254,7 +260,9 @@ def _collective(kind: str, instruction: _Instruction, count: int, mesh: Mesh) ->
     if kind == "reduce-scatter":
         payload *= size
     part = (size - 1) / size
-    wire = {"all-reduce": 2 * part, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(kind, part) * payload
+    wire = {"all-reduce": 2 * part, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(
+        kind, part
+    ) * payload
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(
         kind,

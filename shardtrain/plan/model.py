@@ -117,7 +117,9 @@ class Nnx(Model):
         self.templates = (params, frozen, rest)
         self.rngs = rngs
         if not params.flat_state():
-            raise ShardTrainError("nothing to train", where="model", fix="a trainable= filter that matches parameters")
+            raise ShardTrainError(
+                "nothing to train", where="model", fix="a trainable= filter that matches parameters"
+            )
         self.axes, self.merges = {}, {}
         for state in (params, frozen):
             for path, variable in state.flat_state():
@@ -130,7 +132,12 @@ class Nnx(Model):
     def _names(variable: Any) -> Logical:
         metadata = variable.get_metadata()
         names = next(
-            (metadata[k] for k in ("out_sharding", "sharding_names", "sharding") if metadata.get(k) is not None), None
+            (
+                metadata[k]
+                for k in ("out_sharding", "sharding_names", "sharding")
+                if metadata.get(k) is not None
+            ),
+            None,
         )
         return None if names is None else tuple(names)
 

@@ -51,7 +51,9 @@ def batch_spec(**fields: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _device_dtype(dtype: Any) -> Any:
-    return jax.dtypes.canonicalize_dtype(np.dtype(dtype) if not hasattr(dtype, "numpy") else str(dtype).split(".")[-1])
+    return jax.dtypes.canonicalize_dtype(
+        np.dtype(dtype) if not hasattr(dtype, "numpy") else str(dtype).split(".")[-1]
+    )
 
 
 def plan(
@@ -98,7 +100,9 @@ def plan(
     if isinstance(rules, str):
         if rules not in PRESETS:
             raise ShardingError(
-                f"no rules called '{rules}'", where="rules", fix=suggestion(rules, PRESETS, "a st.Rules value")
+                f"no rules called '{rules}'",
+                where="rules",
+                fix=suggestion(rules, PRESETS, "a st.Rules value"),
             )
         rules = PRESETS[rules]
     if precision not in PRECISIONS:
@@ -169,7 +173,9 @@ def _group_count(
     rows = next(iter(sizes.values()))
     if len(set(sizes.values())) > 1:
         raise DataError(
-            f"fields have different numbers of rows: {sizes}", where="batch", fix="the same first dim in every field"
+            f"fields have different numbers of rows: {sizes}",
+            where="batch",
+            fix="the same first dim in every field",
         )
     axes = rules.batch_axes(mesh)
     shards = math.prod(mesh.shape[a] for a in axes)
@@ -227,7 +233,12 @@ def _watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -
     seen = context.Layout(mesh=None, activations=rules.activations)
     with context.use(seen):
         result, variables = jax.eval_shape(
-            loss, params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
+            loss,
+            params,
+            model_state.get(FROZEN, {}),
+            model_state.get(VARIABLES, {}),
+            jax.random.key(0),
+            batch,
         )
     before, after = flatten(model_state.get(VARIABLES, {})), flatten(variables)
     if {p: x.shape for p, x in before.items()} != {p: x.shape for p, x in after.items()}:
@@ -244,7 +255,12 @@ def _watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -
 
 
 def _abstract_state(
-    model: Model, params: Any, model_state: Any, optimizer: Any, leaves: Mapping[str, layouts.Leaf], mesh: Mesh
+    model: Model,
+    params: Any,
+    model_state: Any,
+    optimizer: Any,
+    leaves: Mapping[str, layouts.Leaf],
+    mesh: Mesh,
 ) -> TrainState:
     whole = PartitionSpec()
     by_path = lambda tree: jax.tree.unflatten(  # noqa: E731
@@ -364,11 +380,14 @@ class Plan:
         leaves, found = jax.tree.flatten(batch)
         if found != structure:
             raise DataError(
-                f"the batch is {found}, the plan has {structure}", where="plan.put", fix="the fields of batch_spec"
+                f"the batch is {found}, the plan has {structure}",
+                where="plan.put",
+                fix="the fields of batch_spec",
             )
         device_rows = self._put_order
         return jax.tree.unflatten(
-            structure, [self._put_leaf(x, spec, device_rows) for x, spec in zip(leaves, expected, strict=True)]
+            structure,
+            [self._put_leaf(x, spec, device_rows) for x, spec in zip(leaves, expected, strict=True)],
         )
 
     @property
@@ -390,7 +409,9 @@ class Plan:
             )
         if jnp.issubdtype(rows.dtype, jnp.floating) != jnp.issubdtype(spec.dtype, jnp.floating):
             raise DataError(
-                f"dtype {rows.dtype}, the plan has {spec.dtype}", where="plan.put", fix="the dtypes of batch_spec"
+                f"dtype {rows.dtype}, the plan has {spec.dtype}",
+                where="plan.put",
+                fix="the dtypes of batch_spec",
             )
         rows = rows[order].astype(spec.dtype, copy=False)
         if jax.process_count() == 1:
@@ -444,7 +465,9 @@ class Plan:
     def compile_eval(self, loss_fn: Callable[..., Any] | None = None) -> EvalStep:
         """Sums of loss and weight over one batch, without dropout: `evaluate(state, plan.put(batch))`."""
         use_compilation_cache()
-        return EvalStep(self, lambda state, batch: evaluate_step(self._parts(train=False, loss_fn=loss_fn), state, batch))
+        return EvalStep(
+            self, lambda state, batch: evaluate_step(self._parts(train=False, loss_fn=loss_fn), state, batch)
+        )
 
     def jit(self, function: Callable[..., Any], *, donate: bool = False) -> Compiled:
         """Compile any function of `(state, batch)` over the same shardings: generation, distillation, RL.
@@ -471,7 +494,8 @@ class Plan:
     def state_bytes(self) -> int:
         """Bytes of the state on one device."""
         return sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self.abstract_state.leaves
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in self.abstract_state.leaves
         )
 
     def describe(self) -> dict[str, Any]:
@@ -503,4 +527,6 @@ class Plan:
         return layouts.report(self.leaves, self.mesh, self.rules, self.state_bytes)
 
     def __repr__(self) -> str:
-        return f"Plan({self.parameter_count:,} parameters, mesh {mesh_text(self.mesh)}, rules {self.rules.name})"
+        return (
+            f"Plan({self.parameter_count:,} parameters, mesh {mesh_text(self.mesh)}, rules {self.rules.name})"
+        )

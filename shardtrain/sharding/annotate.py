@@ -35,7 +35,9 @@ class Annotations:
                 self.patterns.append((re.compile(pattern), tuple(axes)))
             except re.error as error:
                 raise ShardingError(
-                    f"not a regular expression: {error}", where=f"annotate pattern '{pattern}'", fix="escape it"
+                    f"not a regular expression: {error}",
+                    where=f"annotate pattern '{pattern}'",
+                    fix="escape it",
                 ) from error
 
     def apply(

@@ -76,7 +76,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
             )
         if layout.mesh is None:
             continue
-        free = tuple(a for a in layout.activations[name] if a not in layout.manual and layout.mesh.shape.get(a, 1) > 1)
+        free = tuple(
+            a for a in layout.activations[name] if a not in layout.manual and layout.mesh.shape.get(a, 1) > 1
+        )
         for axis in free:
             if axis in used:
                 raise ShardingError(

@@ -67,6 +67,9 @@ class Rules:
     def __hash__(self) -> int:
         return hash(self._value())
 
+    def __repr__(self) -> str:
+        return f"Rules({self.name!r})"
+
     def override(
         self,
         *,

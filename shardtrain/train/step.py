@@ -117,12 +117,19 @@ def gradients(
         (_, (scalars, new)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.float32, grads), scalars, new
 
-    def local(params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any) -> Any:
+    def local(
+        params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
+    ) -> Any:
         frozen, variables = model_state.get("frozen", {}), model_state.get("variables", {})
         grads, scalars, new = _over_groups(
-            lambda group, rows: one_group(params, frozen, variables, key, step, group, rows), groups, batch, parts
+            lambda group, rows: one_group(params, frozen, variables, key, step, group, rows),
+            groups,
+            batch,
+            parts,
         )
-        grads = _by_path(lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.batch_axes), grads)
+        grads = _by_path(
+            lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.batch_axes), grads
+        )
         old = flatten(variables)
         new = _by_path(lambda p, n: _merge(n, p, old[p], parts), new)
         return grads, scalars[None], new
@@ -148,7 +155,9 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
             rows, whole = PartitionSpec(parts.batch_axes), PartitionSpec()
             specs = _by_path(lambda p, _: _placed(parts.shards[p]), params)
             state_specs = {
-                section: _by_path(lambda p, _: _placed(parts.shards[p]) if section == "frozen" else whole, tree)
+                section: _by_path(
+                    lambda p, _: _placed(parts.shards[p]) if section == "frozen" else whole, tree
+                )
                 for section, tree in model_state.items()
             }
             mapped = jax.shard_map(
@@ -159,7 +168,9 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
                 axis_names=set(parts.layout.manual),
             )
         with context.use(parts.layout):
-            return mapped(params, dict(model_state), key, step, jnp.arange(parts.groups, dtype=jnp.uint32), batch)
+            return mapped(
+                params, dict(model_state), key, step, jnp.arange(parts.groups, dtype=jnp.uint32), batch
+            )
 
     return run
 
@@ -178,7 +189,9 @@ def _over_groups(function: Callable[..., Any], groups: jax.Array, batch: Any, pa
         return function(groups[0], jax.tree.map(lambda x: x[0], rows))
 
     first = jax.eval_shape(function, groups[0], jax.tree.map(lambda x: x[0], rows))
-    zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.batch_axes)
+    zeros = varying(
+        jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.batch_axes
+    )
 
     def body(total: Any, xs: Any) -> Any:
         out = function(*xs)
@@ -260,7 +273,9 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
     """Sums of the loss and its weight (and of each metric) over one batch; no gradients, nothing changed."""
     names: list[tuple[str, ...]] = []
 
-    def local(params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any) -> Any:
+    def local(
+        params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
+    ) -> Any:
         frozen, variables = model_state.get("frozen", {}), model_state.get("variables", {})
 
         def one(group: jax.Array, rows: Any) -> jax.Array:
@@ -278,4 +293,3 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
     for i, name in enumerate(names[0]):
         result[f"{name}_sum"], result[f"{name}_weight"] = scalars[2 + 2 * i], scalars[3 + 2 * i]
     return result
-

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fake import FakePlan, at_step, equal, mesh_of
+from checkpoint_fakes import FakePlan, at_step, equal, mesh_of
 
 from shardtrain.checkpoint import Checkpointer, inspect, restore
 from shardtrain.errors import CheckpointError
@@ -16,7 +16,7 @@ def test_bit_exact_across_meshes(tmp_path):
     meshes = [mesh_of(fsdp=8), mesh_of(tensor=4, fsdp=2), mesh_of(data=8), mesh_of(one=1)]
     first = FakePlan(meshes[0])
     state = reference = at_step(first.init(3), 1)
-    for number, mesh in enumerate(meshes, start=1):
+    for number in range(1, len(meshes) + 1):
         with Checkpointer(tmp_path / str(number)) as checkpointer:
             assert checkpointer.save(state, force=True)
         plan = FakePlan(meshes[number % len(meshes)])
@@ -109,7 +109,7 @@ def test_another_model_is_refused(tmp_path, other, said):
         restore(tmp_path, plan)
     assert said in caught.value.why and plan.inits == 0
     assert len(caught.value.why.splitlines()) <= 11
-    assert ("params=" in caught.value.fix or "weights alone" in caught.value.fix) == ("optimizer" in other)
+    assert ("weights alone" in caught.value.fix) == ("optimizer" in other)
 
 
 def test_many_differences_are_cut_short(tmp_path):

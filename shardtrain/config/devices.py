@@ -1,0 +1,56 @@
+"""The devices that a config asks for, before JAX has started."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+
+from shardtrain.errors import ConfigError
+from shardtrain.mesh import init_distributed, simulate_devices
+
+log = logging.getLogger("shardtrain")
+
+
+def start_devices(name: str) -> str:
+    """Start JAX on `auto`, `gpu`, `tpu`, `cpu` or `cpu:N` (N simulated devices); joins a distributed run.
+
+    Returns:
+        A line to say, or "": an accelerator was found that the config does not use.
+
+    Raises:
+        ConfigError: another word, or no such device here.
+    """
+    import jax
+
+    simulated = re.fullmatch(r"cpu:(\d+)", name)
+    if not simulated and name not in ("auto", "cpu", "gpu", "tpu"):
+        raise ConfigError(f"'{name}'", where="devices", fix="auto, gpu, tpu, cpu, or cpu:8")
+    if simulated:
+        if not 1 <= int(simulated.group(1)) <= 512:
+            raise ConfigError(f"{simulated.group(1)} simulated devices", where="devices", fix="1 to 512")
+        simulate_devices(int(simulated.group(1)))
+        init_distributed()
+        found = accelerator()
+        return f"{found} is here and not used: --devices {found} uses it" if found else ""
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    init_distributed()
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        extra = {"gpu": "cuda13", "tpu": "tpu"}.get(name, "cuda13")
+        raise ConfigError(
+            f"no {name} device",
+            where="devices",
+            why=str(error).splitlines()[0],
+            fix=f"pip install 'shardtrain[{extra}]' on a machine that has one, or --devices cpu:8",
+        ) from error
+    return ""
+
+
+def accelerator() -> str:
+    """`gpu` or `tpu` if this machine seems to have one; without starting JAX on it."""
+    if glob.glob("/dev/nvidia[0-9]*"):
+        return "gpu"
+    return "tpu" if glob.glob("/dev/accel[0-9]*") else ""
