@@ -1,4 +1,1 @@
 """Llama. `shardtrain train configs/llama.py:tiny` reaches a held-out loss near that of gpt.py:tiny."""
-
-from shardtrain.config import MeshSizes, Optimizer, RunConfig, Text
-from shardtrain.models import LlamaConfig

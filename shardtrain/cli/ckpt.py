@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
                 value = _mesh(found[name]) if name == "mesh" else found[name]
                 print(f"{name}: {value}")
         print(f"on disk: {bytes_text(found['bytes'])}")
-        rows = [
+        leaves = [
             (p, "x".join(map(str, t["shape"])) or "scalar", t["dtype"], t["spec"])
             for p, t in found["tree"].items()
         ]
-        print(table(("leaf", "shape", "dtype", "spec"), rows))
+        print(table(("leaf", "shape", "dtype", "spec"), leaves))
     return shell.DONE, found
 
 

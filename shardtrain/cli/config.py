@@ -15,13 +15,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    from shardtrain.config import RunConfig, flat, resolve, to_json
+    from shardtrain.config import Custom, RunConfig, flat, resolve, to_json
 
     config, notes = resolve(options.config, options.overrides)
     for note in notes:
         shell.say(note)
     if not options.json:
-        plain = flat(RunConfig(model=type(config.model)() if _has_defaults(config.model) else config.model))
+        model = config.model if isinstance(config.model, Custom) else type(config.model)()
+        plain = flat(RunConfig(model=model))
         for name, value in flat(config).items():
             mark = (
                 ""
@@ -30,11 +31,3 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             )
             print(f"{name} = {json.dumps(value, default=str)}{mark}")
     return shell.DONE, to_json(config)
-
-
-def _has_defaults(model: Any) -> bool:
-    try:
-        type(model)()
-    except TypeError:
-        return False
-    return True

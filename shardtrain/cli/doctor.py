@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             f"{len(devices)} {devices[0].platform} device(s), {devices[0].device_kind}; {jax.process_count()} process(es)"
         )
         print(table(("package", "version"), [(n, v) for n, v in packages.items() if v]))
-        if seconds is not None:
+        if seconds is not None and bandwidth is not None:
             print(
                 f"all-reduce of 4 MiB over {len(devices)} devices: {seconds * 1e3:.1f} ms, {bandwidth / 1e9:.2f} GB/s sent per device"
             )

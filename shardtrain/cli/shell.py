@@ -43,7 +43,8 @@ def run(name: str, command: Command, arguments: list[str]) -> int:
     """Parse, run, print, and turn errors into one message and an exit code."""
     debug, as_json = "--debug" in arguments, "--json" in arguments
     out = _keep_stdout() if as_json else None
-    code, result = WRONG_INPUT, {}
+    code = WRONG_INPUT
+    result: dict[str, Any] = {}
     try:
         parser = Parser(
             prog=f"shardtrain {name}",

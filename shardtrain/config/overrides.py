@@ -8,7 +8,6 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from shardtrain.config.load import check, flat
 from shardtrain.config.schema import MeshSizes, RunConfig
@@ -42,7 +41,7 @@ def apply_overrides(
             if leaf in known:
                 arguments += [_flag(leaf), value]
                 named.append(leaf)
-    for flag, value in _pairs(flags, known):
+    for flag, given in _pairs(flags):
         leaf = flag.replace("-", "_")
         if leaf not in known:
             if leaf.startswith("model.options."):
@@ -51,16 +50,16 @@ def apply_overrides(
                 meant = suggestion(leaf, known, "see `shardtrain config`")
                 raise ConfigError(f"no such field: --{flag}", where="flags", fix=meant)
         if isinstance(known[leaf], bool):
-            arguments.append(_boolean(leaf, value))
-        elif value is None:
+            arguments.append(_boolean(leaf, given))
+        elif given is None:
             raise ConfigError("needs a value", where=f"--{flag}", fix=f"--{flag} {known[leaf]}")
         else:
-            arguments += [_flag(leaf), value]
+            arguments += [_flag(leaf), given]
         named.append(leaf)
     return check(_parse(config, arguments)), named
 
 
-def _pairs(flags: Sequence[str], known: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+def _pairs(flags: Sequence[str]) -> list[tuple[str, str | None]]:
     pairs: list[tuple[str, str | None]] = []
     rest = list(flags)
     while rest:

@@ -35,7 +35,7 @@ class Compiled:
         count = len(plan.abstract_state.leaves)
         self._count = count
         batch_leaves, batch_structure = jax.tree.flatten(plan.batch)
-        self._batch_structure = batch_structure
+        self._batch_count = len(batch_leaves)
         shardings = tuple(leaf.sharding for leaf in plan.abstract_state.leaves)
         self._out: Any = None
 
@@ -77,9 +77,9 @@ class Compiled:
 
     def _flat(self, state: TrainState, batch: Any) -> Any:
         leaves = jax.tree.leaves(batch)
-        if len(leaves) != self._batch_structure.num_leaves:
+        if len(leaves) != self._batch_count:
             raise DataError(
-                f"{len(leaves)} arrays, the plan's batch has {self._batch_structure.num_leaves}",
+                f"{len(leaves)} arrays, the plan's batch has {self._batch_count}",
                 where="batch",
                 fix="step(state, plan.put(batch))",
             )
@@ -98,7 +98,7 @@ class Compiled:
 
     def hlo(self) -> str:
         """The optimized HLO text."""
-        return self.executable.as_text()
+        return self.executable.as_text() or ""
 
 
 class Step(Compiled):

@@ -111,8 +111,9 @@ class Nnx(Model):
                     )
             else:
                 module = instance
-            filters = [trainable if trainable is not None else nnx.Param, nnx.RngState, nnx.Param, ...]
-            self.graph, params, rngs, frozen, rest = nnx.split(module, *filters)
+            filters: Any = [trainable if trainable is not None else nnx.Param, nnx.RngState, nnx.Param, ...]
+            split: Any = nnx.split(module, *filters)
+            self.graph, params, rngs, frozen, rest = split
         self.factory, self.instance, self.filters = factory, instance, filters
         self.templates = (params, frozen, rest)
         self.rngs = rngs
@@ -146,7 +147,8 @@ class Nnx(Model):
             return self.instance if self.factory is None else self.factory(self.nnx.Rngs(key))
 
     def init(self, key: jax.Array) -> tuple[Any, dict[str, Any]]:
-        _, params, _, frozen, rest = self.nnx.split(self._module(key), *self.filters)
+        split: Any = self.nnx.split(self._module(key), *self.filters)
+        _, params, _, frozen, rest = split
         return _state_dict(params), _sections(_state_dict(frozen), _state_dict(rest))
 
     def bind(self, params: Any, model_state: Mapping[str, Any], key: jax.Array | None, train: bool) -> Any:
@@ -172,8 +174,8 @@ class Nnx(Model):
         return self.nnx.State.from_flat_path(flat)
 
     def variables(self, bound: Any) -> Any:
-        rest = self.nnx.split(bound, *self.filters)[4]
-        return _state_dict(rest)
+        split: Any = self.nnx.split(bound, *self.filters)
+        return _state_dict(split[4])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -334,7 +334,7 @@ class Plan:
                 cursor=jnp.asarray(cursor_words(0)),
             )
             assert state.structure == structure, "init and the abstract state differ"
-            return state.leaves
+            return tuple(state.leaves)
 
         shardings = tuple(leaf.sharding for leaf in self.abstract_state.leaves)
         return TrainState(jax.jit(create, out_shardings=shardings)(jax.random.key(seed)), structure)
@@ -367,7 +367,7 @@ class Plan:
         if jax.process_count() == 1:
             return order
         slices = self.batch_sharding.addressable_devices_indices_map((self.global_batch,)).values()
-        spans = sorted({(s[0].start or 0, s[0].stop or self.global_batch) for s in slices})
+        spans = sorted({(s[0].start or 0, s[0].stop or self.global_batch) for s in slices if s is not None})
         return np.concatenate([order[a:b] for a, b in spans])
 
     def put(self, batch: Any) -> Any:
@@ -376,8 +376,9 @@ class Plan:
         Raises:
             DataError: fields, shapes or dtypes other than the plan's.
         """
-        expected, structure = jax.tree.flatten(self.batch)
-        leaves, found = jax.tree.flatten(batch)
+        structure: Any = jax.tree.structure(self.batch)
+        found: Any = jax.tree.structure(batch)
+        expected, leaves = jax.tree.leaves(self.batch), jax.tree.leaves(batch)
         if found != structure:
             raise DataError(
                 f"the batch is {found}, the plan has {structure}",

@@ -60,9 +60,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     used: dict[str, str] = {}
     offset = x.ndim - len(axes)
     # `constrain(h, "batch", "mlp")` on [batch, seq, mlp]: "batch" is always the leading dim.
-    names: list[str | None] = [None] * offset + list(axes)
+    names: list[str | None] = [*[None] * offset, *axes]
     if offset and axes and axes[0] == "batch":
-        names = ["batch"] + [None] * offset + list(axes[1:])
+        names = ["batch", *[None] * offset, *axes[1:]]
     for dim, name in enumerate(names):
         if name is None:
             dims.append(None)

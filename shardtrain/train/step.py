@@ -21,8 +21,8 @@ from shardtrain.parallel.fsdp import Shard, gather_leaf, reduce_leaf, varying
 from shardtrain.parallel.groups import Loss, group_key
 from shardtrain.parallel.remat import remat
 from shardtrain.sharding import context
-from shardtrain.tree import flatten
 from shardtrain.train.state import TrainState, advance
+from shardtrain.tree import flatten
 
 LossFunction = Callable[[Any, Any, Any, jax.Array, Any], tuple[Loss, Any]]
 """`(params, frozen, variables, key, rows) -> (Loss, new variables)`: one group."""
@@ -77,7 +77,7 @@ def _manual(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def _scalars(loss: Loss) -> tuple[jax.Array, tuple[str, ...]]:
-    """`[sum, weight, numerator and denominator of each metric]` as one vector, so that they travel together."""
+    """`[sum, weight, then two of each metric]` as one vector, so that they travel together."""
     weight = jnp.float32(loss.weight)
     values = [jnp.float32(loss.sum), weight]
     for value in loss.metrics.values():
@@ -154,12 +154,9 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
         if parts.batch_axes:
             rows, whole = PartitionSpec(parts.batch_axes), PartitionSpec()
             specs = _by_path(lambda p, _: _placed(parts.shards[p]), params)
-            state_specs = {
-                section: _by_path(
-                    lambda p, _: _placed(parts.shards[p]) if section == "frozen" else whole, tree
-                )
-                for section, tree in model_state.items()
-            }
+            state_specs = {k: jax.tree.map(lambda _: whole, v) for k, v in model_state.items()}
+            if "frozen" in model_state:
+                state_specs["frozen"] = _by_path(lambda p, _: _placed(parts.shards[p]), model_state["frozen"])
             mapped = jax.shard_map(
                 body,
                 mesh=parts.mesh,

@@ -1,0 +1,29 @@
+from shardtrain.checkpoint import Checkpointer as Checkpointer
+from shardtrain.data import ArrayLoader as ArrayLoader
+from shardtrain.data import TokenLoader as TokenLoader
+from shardtrain.errors import CheckpointError as CheckpointError
+from shardtrain.errors import ConfigError as ConfigError
+from shardtrain.errors import DataError as DataError
+from shardtrain.errors import LaunchError as LaunchError
+from shardtrain.errors import MeshError as MeshError
+from shardtrain.errors import RunError as RunError
+from shardtrain.errors import ShardingError as ShardingError
+from shardtrain.errors import ShardTrainError as ShardTrainError
+from shardtrain.mesh import init_distributed as init_distributed
+from shardtrain.mesh import make_mesh as make_mesh
+from shardtrain.mesh import simulate_devices as simulate_devices
+from shardtrain.parallel.fsdp import gather as gather
+from shardtrain.parallel.groups import Loss as Loss
+from shardtrain.plan.fit import Run as Run
+from shardtrain.plan.fit import fit as fit
+from shardtrain.plan.model import linen as linen
+from shardtrain.plan.plan import Plan as Plan
+from shardtrain.plan.plan import batch_spec as batch_spec
+from shardtrain.plan.plan import plan as plan
+from shardtrain.sharding import Rules as Rules
+from shardtrain.sharding import annotate as annotate
+from shardtrain.sharding import constrain as constrain
+from shardtrain.sharding import logical as logical
+from shardtrain.train.state import TrainState as TrainState
+
+__version__: str

@@ -1,0 +1,147 @@
+"""From a config to the arguments of `st.fit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from shardtrain import data as data_room
+from shardtrain.config.load import load_name
+from shardtrain.config.schema import Custom, RunConfig
+from shardtrain.errors import ConfigError
+from shardtrain.mesh import make_mesh
+from shardtrain.models import build_model, language_model_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What a config describes, ready for a Plan.
+
+    `model`: factory of an nnx module. `loader`, `eval_loader`: see `shardtrain.data`; eval may be None.
+    `text`: the tokenised text, None for a user's own data. `flops_per_row`: training FLOPs, None if unknown.
+    """
+
+    mesh: Mesh
+    model: Callable[..., Any]
+    loss: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    loader: Any
+    eval_loader: Any
+    text: Any
+    flops_per_row: float | None
+
+
+def build_mesh(config: RunConfig) -> Mesh:
+    """The mesh of the config over all devices of the run; axes of size 1 are left out."""
+    sizes = {a: n for a, n in dataclasses.asdict(config.mesh).items() if n != 1} or {"data": 1}
+    return make_mesh(dcn={"data": config.dcn.data} if config.dcn.data > 1 else None, **sizes)
+
+
+def build_text(config: RunConfig) -> Any:
+    """The config's text, tokenised once and then read from its cache."""
+    text = config.data
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return data_room.prepare(
+        text.source,
+        text.cache or pathlib.Path(home) / "shardtrain" / "data",
+        tokenizer=text.tokenizer,
+        eval_fraction=text.eval_fraction,
+        text_field=text.field,
+    )
+
+
+def build(config: RunConfig) -> Pieces:
+    """Every piece, checked against the others before anything is compiled."""
+    mesh = build_mesh(config)
+    schedule = learning_rate(config)
+    if isinstance(config.model, Custom):
+        factory, loss = load_name(config.model.model), load_name(config.model.loss)
+        options = config.model.options
+        model = lambda rngs: factory(rngs, **options)  # noqa: E731
+        flops = None
+    else:
+        shape = config.model
+        model, loss = lambda rngs: build_model(shape, rngs), language_model_loss
+        flops = shape.flops_per_token(config.data.sequence) * config.data.sequence
+        if config.data.sequence > shape.sequence:
+            raise ConfigError(
+                f"{config.data.sequence} tokens, the model has {shape.sequence} positions",
+                where="data.sequence",
+                fix=f"--data.sequence {shape.sequence} or --model.sequence {config.data.sequence}",
+            )
+    text = None
+    if isinstance(config.model, Custom) and config.model.data:
+        loader = data_room.as_loader(
+            load_name(config.model.data)(config), config.global_batch, seed=config.seed
+        )
+        eval_loader = None
+    else:
+        text = build_text(config)
+        vocab = getattr(config.model, "vocab", text.vocab_size)
+        if vocab < text.vocab_size:
+            raise ConfigError(
+                f"{vocab} entries, the tokenizer has {text.vocab_size}",
+                where="model.vocab",
+                fix=f"--model.vocab {-(-text.vocab_size // 128) * 128}, or --data.tokenizer bpe:{vocab}",
+            )
+        common: dict[str, Any] = dict(
+            sequence=config.data.sequence, global_batch=config.global_batch, seed=config.seed
+        )
+        loader = data_room.TokenLoader(text, split="train", **common)
+        eval_loader = data_room.TokenLoader(text, split="eval", shuffle=False, **common)
+    return Pieces(mesh, model, loss, optimizer(config, schedule), schedule, loader, eval_loader, text, flops)
+
+
+def learning_rate(config: RunConfig) -> optax.Schedule:
+    """Warm-up from 0, then constant, cosine or linear to `final` of the peak at the last step."""
+    o = config.optimizer
+    if o.warmup >= config.steps and o.warmup:
+        raise ConfigError(
+            f"{o.warmup} steps of {config.steps}",
+            where="optimizer.warmup",
+            fix=f"--optimizer.warmup {config.steps // 10}",
+        )
+    after = max(1, config.steps - o.warmup)
+    if o.decay == "cosine":
+        main = optax.cosine_decay_schedule(o.learning_rate, after, o.final)
+    elif o.decay == "linear":
+        main = optax.linear_schedule(o.learning_rate, o.learning_rate * o.final, after)
+    else:
+        main = optax.constant_schedule(o.learning_rate)
+    if not o.warmup:
+        return main
+    # Step 0 already moves: a warm-up of n steps reaches the peak at step n.
+    rise = optax.linear_schedule(o.learning_rate / o.warmup, o.learning_rate, o.warmup - 1 or 1)
+    return optax.join_schedules([rise, main], [o.warmup])
+
+
+def optimizer(config: RunConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The config's optimizer: clip by the global norm, then the update. Only kernels and tables decay."""
+    o = config.optimizer
+    if o.name == "adamw":
+        main = optax.adamw(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=decays)
+    elif o.name == "lion":
+        main = optax.lion(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=decays)
+    elif o.name == "adafactor":
+        main = optax.adafactor(schedule, weight_decay_rate=o.weight_decay or None, weight_decay_mask=decays)
+    else:
+        main = optax.sgd(schedule, momentum=o.momentum or None)
+        if o.weight_decay:
+            main = optax.chain(optax.add_decayed_weights(o.weight_decay, mask=decays), main)
+    return optax.chain(optax.clip_by_global_norm(o.clip), main) if o.clip else main
+
+
+def decays(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: by name, since stacked vectors look like matrices."""
+    names = ("kernel", "embedding", "table")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: str(getattr(path[-1], "key", "")) in names, params
+    )

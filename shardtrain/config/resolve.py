@@ -1,0 +1,32 @@
+"""From the name of a config and flags to the config that runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from shardtrain.config.load import load_config
+from shardtrain.config.overrides import apply_overrides, fit_mesh
+from shardtrain.config.schema import RunConfig
+
+
+def resolve(name: str, flags: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The config `name` with environment variables and flags laid over it.
+
+    Returns:
+        The config, and lines to say about what was decided.
+    """
+    config, named = apply_overrides(load_config(name), flags)
+    simulated = re.fullmatch(r"cpu:(\d+)", config.devices)
+    notes = []
+    if simulated:
+        config, note = fit_mesh(config, named, int(simulated.group(1)))
+        notes = [note] if note else []
+    return config, notes
+
+
+def device_count(config: RunConfig) -> int | None:
+    """Devices that the mesh asks for; None if an axis is free."""
+    sizes = list(vars(config.mesh).values())
+    return None if -1 in sizes else math.prod(sizes) * config.dcn.data
