@@ -1,0 +1,149 @@
+"""GPT: the GPT-2 and GPT-3 family. Source: Radford et al. 2019; Brown et al. (arXiv 2005.14165)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from shardtrain.errors import ConfigError
+from shardtrain.models.language import LanguageModel, training_flops
+from shardtrain.models.layers.attention import Cache, SelfAttention
+from shardtrain.models.layers.dense import Dropout, normal
+from shardtrain.models.layers.mlp import Mlp
+from shardtrain.models.layers.norm import LayerNorm
+from shardtrain.models.layers.stack import scan_blocks, stack
+from shardtrain.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT. `mlp`: 0 means 4 x embed. `remat`: what the backward recomputes (`none`, `dots`, `full`, names).
+
+    `vocab` is best a multiple of 128, so that it divides over any tensor axis.
+    """
+
+    vocab: int = 512
+    sequence: int = 128
+    embed: int = 128
+    layers: int = 4
+    heads: int = 8
+    mlp: int = 0
+    dropout: float = 0.0
+    tied: bool = True
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.embed % self.heads:
+            raise ConfigError(
+                f"embed = {self.embed} is not divisible by heads = {self.heads}",
+                where="GPTConfig",
+                fix=f"embed={math.ceil(self.embed / self.heads) * self.heads}",
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{self.dropout}", where="GPTConfig.dropout", fix="0 <= dropout < 1")
+
+    @property
+    def hidden(self) -> int:
+        """Columns of the MLP."""
+        return self.mlp or 4 * self.embed
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Training FLOPs per token; see `training_flops`. Tables that are looked up do not count, the head does."""
+        layer = 4 * self.embed**2 + 2 * self.embed * self.hidden
+        return training_flops(
+            self.layers * layer + self.embed * self.vocab, self.layers, self.embed, sequence
+        )
+
+
+SMALL = GPTConfig(vocab=50304, sequence=1024, embed=768, layers=12, heads=12, remat="dots")
+MEDIUM = GPTConfig(vocab=50304, sequence=1024, embed=1024, layers=24, heads=16, remat="dots")
+LARGE = GPTConfig(vocab=50304, sequence=1024, embed=1280, layers=36, heads=20, remat="full")
+XL = GPTConfig(vocab=50304, sequence=1024, embed=1600, layers=48, heads=25, remat="full")
+B175 = GPTConfig(vocab=50304, sequence=2048, embed=12288, layers=96, heads=96, remat="full")
+
+
+class Block(nnx.Module):
+    """Pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, c: GPTConfig, rngs: nnx.Rngs):
+        out_stddev = 0.02 / math.sqrt(2 * c.layers)  # keeps the residual stream's variance at any depth
+        self.attention_norm = LayerNorm(c.embed, rngs)
+        self.attention = SelfAttention(
+            c.embed, c.heads, c.heads, c.embed // c.heads, rngs, bias=True, theta=None, out_stddev=out_stddev
+        )
+        self.mlp_norm = LayerNorm(c.embed, rngs)
+        self.mlp = Mlp(c.embed, c.hidden, rngs, out_stddev=out_stddev)
+        self.dropout = Dropout(c.dropout)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+        position: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        keys: Any = (None, None) if key is None else jax.random.split(key)
+        mixed, cache = self.attention(self.attention_norm(x_BTD), cache=cache, position=position)
+        x_BTD = x_BTD + self.dropout(mixed, keys[0])
+        x_BTD = x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)), keys[1])
+        return constrain(x_BTD, "batch", "seq", "embed"), cache
+
+
+class GPT(LanguageModel):
+    """Token and position tables, a stack of blocks, a final norm, a head that is the token table by default."""
+
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        c = self.config = config
+        self.token_table = normal(rngs, 0.02, vocab=c.vocab, embed=c.embed)
+        self.position_table = normal(rngs, 0.02, seq=c.sequence, embed=c.embed)
+        self.dropout = Dropout(c.dropout)
+        self.blocks = stack(lambda rngs: Block(c, rngs), c.layers, rngs)
+        self.final_norm = LayerNorm(c.embed, rngs)
+        self.head_kernel = None if c.tied else normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        cache: Any = None,
+        position: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Any]:
+        length = tokens_BT.shape[1]
+        if length > self.config.sequence:
+            raise ConfigError(
+                f"{length} tokens, the position table has {self.config.sequence}",
+                where="GPT",
+                fix="a shorter sequence, or a model with a larger one",
+            )
+        keys: Any = (None, None) if key is None else jax.random.split(key)
+        here = jax.lax.dynamic_slice_in_dim(self.position_table[...], position, length)
+        x_BTD = constrain(self.token_table[...][tokens_BT] + here, "batch", "seq", "embed")
+        x_BTD = self.dropout(x_BTD, keys[0])
+        x_BTD, cache = scan_blocks(
+            self.blocks,
+            x_BTD,
+            path="blocks",
+            policy=self.config.remat,
+            key=keys[1],
+            cache=cache,
+            position=position,
+        )
+        return self.final_norm(x_BTD), cache
+
+    def head(self) -> jax.Array:
+        return self.token_table[...].T if self.head_kernel is None else self.head_kernel[...]
+
+
+def parameter_count(c: GPTConfig) -> int:
+    """Parameters, by formula; a test holds it to the model."""
+    layer = 4 * c.embed**2 + 2 * c.embed * c.hidden + 9 * c.embed + c.hidden
+    tables = (c.vocab + c.sequence + 2) * c.embed + (0 if c.tied else c.embed * c.vocab)
+    return c.layers * layer + tables
+
+

@@ -1,0 +1,140 @@
+"""Llama: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+
+Source: Touvron et al. (arXiv 2302.13971); Llama 3 (arXiv 2407.21783).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from shardtrain.errors import ConfigError
+from shardtrain.models.language import LanguageModel, training_flops
+from shardtrain.models.layers.attention import Cache, SelfAttention
+from shardtrain.models.layers.dense import Dropout, normal
+from shardtrain.models.layers.mlp import GatedMlp
+from shardtrain.models.layers.norm import RMSNorm
+from shardtrain.models.layers.stack import scan_blocks, stack
+from shardtrain.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama. `head_dim`: 0 means embed / heads. `theta`: base of the rotary positions."""
+
+    vocab: int = 512
+    sequence: int = 128
+    embed: int = 128
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 0
+    mlp: int = 384
+    theta: float = 10000.0
+    dropout: float = 0.0
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}",
+                where="LlamaConfig",
+                fix=f"kv_heads={math.gcd(self.heads, self.kv_heads)}",
+            )
+        if not self.head_dim and self.embed % self.heads:
+            raise ConfigError(
+                f"embed = {self.embed} is not divisible by heads = {self.heads}",
+                where="LlamaConfig",
+                fix=f"embed={math.ceil(self.embed / self.heads) * self.heads}",
+            )
+
+    @property
+    def width(self) -> int:
+        """Of one head."""
+        return self.head_dim or self.embed // self.heads
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Training FLOPs per token; see `training_flops`. The head counts, the table that is looked up does not."""
+        matrices = self.layers * _layer_matrices(self) + self.embed * self.vocab
+        return training_flops(matrices, self.layers, self.heads * self.width, sequence)
+
+
+B1 = LlamaConfig(128256, 4096, 2048, 16, 32, 8, 64, 8192, 500000.0, remat="dots")
+B8 = LlamaConfig(128256, 4096, 4096, 32, 32, 8, 128, 14336, 500000.0, remat="full")
+B70 = LlamaConfig(128256, 4096, 8192, 80, 64, 8, 128, 28672, 500000.0, remat="full")
+
+
+class Block(nnx.Module):
+    """Pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+        out_stddev = 0.02 / math.sqrt(2 * c.layers)
+        self.attention_norm = RMSNorm(c.embed, rngs)
+        self.attention = SelfAttention(
+            c.embed, c.heads, c.kv_heads, c.width, rngs, bias=False, theta=c.theta, out_stddev=out_stddev
+        )
+        self.mlp_norm = RMSNorm(c.embed, rngs)
+        self.mlp = GatedMlp(c.embed, c.mlp, rngs, out_stddev=out_stddev)
+        self.dropout = Dropout(c.dropout)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+        position: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        keys: Any = (None, None) if key is None else jax.random.split(key)
+        mixed, cache = self.attention(self.attention_norm(x_BTD), cache=cache, position=position)
+        x_BTD = x_BTD + self.dropout(mixed, keys[0])
+        x_BTD = x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)), keys[1])
+        return constrain(x_BTD, "batch", "seq", "embed"), cache
+
+
+class Llama(LanguageModel):
+    """A token table, a stack of blocks, a final norm, a head of its own."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        c = self.config = config
+        self.token_table = normal(rngs, 0.02, vocab=c.vocab, embed=c.embed)
+        self.blocks = stack(lambda rngs: Block(c, rngs), c.layers, rngs)
+        self.final_norm = RMSNorm(c.embed, rngs)
+        self.head_kernel = normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        cache: Any = None,
+        position: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Any]:
+        x_BTD = constrain(self.token_table[...][tokens_BT], "batch", "seq", "embed")
+        x_BTD, cache = scan_blocks(
+            self.blocks,
+            x_BTD,
+            path="blocks",
+            policy=self.config.remat,
+            key=key,
+            cache=cache,
+            position=position,
+        )
+        return self.final_norm(x_BTD), cache
+
+    def head(self) -> jax.Array:
+        return self.head_kernel[...]
+
+
+def _layer_matrices(c: LlamaConfig) -> int:
+    attention = 2 * c.embed * c.heads * c.width + 2 * c.embed * c.kv_heads * c.width
+    return attention + 3 * c.embed * c.mlp
+
+
+def parameter_count(c: LlamaConfig) -> int:
+    """Parameters, by formula; a test holds it to the model."""
+    return c.layers * (_layer_matrices(c) + 2 * c.embed) + c.embed * (2 * c.vocab + 1)
