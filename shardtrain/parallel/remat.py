@@ -14,17 +14,44 @@ REDUCED = "reduced"  # results of a collective of the forward: replaying them wo
 POLICIES = ("none", "dots", "full")
 
 
+# Moving and converting values is cheap; saving what it makes of a gathered weight would keep the weight.
+_MOVES = frozenset(
+    "all_gather broadcast_in_dim bitcast_convert_type concatenate convert_element_type copy copy_p "
+    "dynamic_slice expand_dims pad pcast pvary reshape rev sharding_constraint slice squeeze transpose".split()
+)
+
+
+def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    if primitive.name == "name":
+        return params["name"] != GATHERED
+    if primitive.name == "custom_vjp_call":
+        return not _gathers(params["call_jaxpr"].jaxpr)
+    return primitive.name not in _MOVES
+
+
+def _gathers(jaxpr: Any) -> bool:
+    """Whether a function is a gather of weights (see `parallel/fsdp.py`), which hides its primitives."""
+    return any(
+        equation.primitive.name == "all_gather"
+        or any(_gathers(getattr(inner, "jaxpr", inner)) for inner in _inner(equation))
+        for equation in jaxpr.eqns
+    )
+
+
+def _inner(equation: Any) -> list[Any]:
+    return [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+
+
 def policy(name: str) -> Callable[..., bool]:
     """A `jax.checkpoint` policy.
 
     `none`: save everything but gathered weights. `dots`: save matrix products without a batch dim.
     `full`: save only the input of the block and what came out of a collective.
-    `a,b`: as `full`, and the values that the model named `a` and `b`
-    (our blocks name `attention_out`, `mlp_out`, `qkv`, `mlp_up`).
+    `a,b`: as `full`, and the values that the model named `a` and `b` (our blocks name `qkv`, `mlp_up`).
     """
     policies = jax.checkpoint_policies
     if name == "none":
-        return policies.save_anything_except_these_names(GATHERED)
+        return _all_but_weights
     if name == "dots":
         return policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(REDUCED)
@@ -36,7 +63,7 @@ def policy(name: str) -> Callable[..., bool]:
         raise ConfigError(
             f"remat policy '{name}' names nothing",
             where="remat",
-            fix=f"one of {', '.join(POLICIES)}, or names of values such as attention_out,mlp_out",
+            fix=f"one of {', '.join(POLICIES)}, or names of values such as qkv,mlp_up",
         )
     return policies.save_only_these_names(REDUCED, *names)
 

@@ -34,6 +34,7 @@ class StepParts:
 
     `shards`: path -> `Shard`, for `params` and `frozen` alike. `reduced`: path -> the spec in which a
     gradient leaves the reduction. `stacks`: path prefixes that the model makes whole itself.
+    `regather`: weights that were made whole before the loss are gathered again for the backward.
     `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows.
     `merges`: path of a variable -> mean, sum or last.
     """
@@ -47,6 +48,7 @@ class StepParts:
     groups: int
     loss: LossFunction
     merges: Mapping[str, str]
+    regather: bool
 
     @property
     def shard_count(self) -> int:
@@ -111,8 +113,7 @@ def gradients(
             names.append(metric_names)
             return jnp.float32(loss.sum), (scalars, new)
 
-        if any(s.dim is not None for s in parts.shards.values()):
-            # Whatever the model saves, gathered weights are gathered again instead.
+        if parts.regather:
             objective = remat(objective, "none")
         (_, (scalars, new)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.float32, grads), scalars, new

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain
 
 CHUNK_LOGITS = 2**22  # float32 logits alive at a time: 16 MiB
@@ -80,7 +82,8 @@ def _forward(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Arr
     # Zeros made from the inputs vary over the same mesh axes as they do inside a manual region.
     start = jnp.zeros_like(head, jnp.float32) + 0 * weights[0, 0] + 0 * x[0, 0, 0].astype(jnp.float32)
     head_gradient, (losses, x_gradient) = jax.lax.scan(body, start, (x, targets, weights))
-    return losses.sum(), (x_gradient, head_gradient.astype(head.dtype))
+    # Saved under every remat policy: to recompute them would be to run the head again.
+    return losses.sum(), checkpoint_name((x_gradient, head_gradient.astype(head.dtype)), REDUCED)
 
 
 def _backward(residuals: Any, upstream: jax.Array) -> tuple[Any, ...]:
