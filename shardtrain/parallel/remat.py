@@ -31,15 +31,20 @@ def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _gathers(jaxpr: Any) -> bool:
     """Whether a function is a gather of weights (see `parallel/fsdp.py`), which hides its primitives."""
-    return any(
-        equation.primitive.name == "all_gather"
-        or any(_gathers(getattr(inner, "jaxpr", inner)) for inner in _inner(equation))
-        for equation in jaxpr.eqns
-    )
+    return _contains(jaxpr, "all_gather")
 
 
-def _inner(equation: Any) -> list[Any]:
-    return [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+def uses_remat(jaxpr: Any) -> bool:
+    """Whether a traced function has a `jax.checkpoint` somewhere inside."""
+    return _contains(jaxpr, "checkpoint", "remat2")
+
+
+def _contains(jaxpr: Any, *names: str) -> bool:
+    for equation in jaxpr.eqns:
+        inner = [getattr(v, "jaxpr", v) for v in equation.params.values()]
+        if equation.primitive.name in names or any(_contains(j, *names) for j in inner if hasattr(j, "eqns")):
+            return True
+    return False
 
 
 def policy(name: str) -> Callable[..., bool]:

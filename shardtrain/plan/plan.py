@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shardtrain.errors import ConfigError, DataError, ShardingError, ShardTrainError
 from shardtrain.parallel.groups import Loss, as_loss, group_order
 from shardtrain.parallel.presets import PRESETS, fsdp_tensor
+from shardtrain.parallel.remat import uses_remat
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
 from shardtrain.plan.model import FROZEN, VARIABLES, Model, as_model
@@ -133,7 +134,7 @@ def plan(
     platform = mesh.devices.flat[0].platform
     wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
     loss = _group_loss(adapted, loss_fn, rows // groups, train=True)
-    stacks = _watch(loss, params, model_state, group_batch, rules)
+    stacks, own_remat = _watch(loss, params, model_state, group_batch, rules)
     leaves = layouts.parameter_leaves(
         named,
         axes,
@@ -155,6 +156,7 @@ def plan(
         global_batch=rows,
         leaves=leaves,
         stacks=stacks,
+        own_remat=own_remat,
         learning_rate=learning_rate,
         abstract_state=_abstract_state(adapted, params, model_state, optimizer, leaves, mesh),
     )
@@ -228,17 +230,15 @@ def _arity(loss_fn: Callable[..., Any]) -> int:
     return count
 
 
-def _watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> frozenset[str]:
-    """Trace the loss once on shapes alone: finds its mistakes early, and which stacks it gathers itself."""
+def _watch(
+    loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules
+) -> tuple[frozenset[str], bool]:
+    """Trace the loss once on shapes alone: finds its mistakes early, which stacks it gathers itself, and
+    whether it recomputes anything itself."""
     seen = context.Layout(mesh=None, activations=rules.activations)
     with context.use(seen):
-        result, variables = jax.eval_shape(
-            loss,
-            params,
-            model_state.get(FROZEN, {}),
-            model_state.get(VARIABLES, {}),
-            jax.random.key(0),
-            batch,
+        jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
+            params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
         )
     before, after = flatten(model_state.get(VARIABLES, {})), flatten(variables)
     if {p: x.shape for p, x in before.items()} != {p: x.shape for p, x in after.items()}:
@@ -251,7 +251,7 @@ def _watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -
     taken = {"loss", "grad_norm", "param_norm", "tokens", "learning_rate"} & set(result.metrics)
     if taken:
         raise ConfigError(f"metric names are taken: {sorted(taken)}", where="loss_fn", fix="other names")
-    return frozenset(seen.gathered)
+    return frozenset(seen.gathered), uses_remat(jaxpr.jaxpr)
 
 
 def _abstract_state(
@@ -295,7 +295,8 @@ class Plan:
     """See `plan`. Trainer, checkpoints and reports ask this object where arrays live.
 
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
-    `leaves`: path of a parameter -> shape, logical axes, spec. `groups`, `microbatches`: see `plan`.
+    `leaves`: path of a parameter -> shape, logical axes, spec. `stacks`: what the model gathers itself;
+    `own_remat`: whether it recomputes anything itself. `groups`, `microbatches`: see `plan`.
     """
 
     adapter: Model
@@ -310,6 +311,7 @@ class Plan:
     global_batch: int
     leaves: Mapping[str, layouts.Leaf]
     stacks: frozenset[str]
+    own_remat: bool
     learning_rate: Any
     abstract_state: TrainState
 
@@ -438,6 +440,11 @@ class Plan:
                 self.adapter, loss_fn or self.loss_fn, self.global_batch // self.groups, train=train
             ),
             merges=self.adapter.merges,
+            # A remat around everything would override the model's own, and a scanned stack needs none.
+            regather=train
+            and not self.stacks
+            and not self.own_remat
+            and any(shard.dim is not None for shard in shards.values()),
         )
 
     def _rate(self, opt_state: Any, step: jax.Array) -> Any:
