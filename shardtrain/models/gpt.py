@@ -145,5 +145,3 @@ def parameter_count(c: GPTConfig) -> int:
     layer = 4 * c.embed**2 + 2 * c.embed * c.hidden + 9 * c.embed + c.hidden
     tables = (c.vocab + c.sequence + 2) * c.embed + (0 if c.tied else c.embed * c.vocab)
     return c.layers * layer + tables
-
-

@@ -230,9 +230,7 @@ def _arity(loss_fn: Callable[..., Any]) -> int:
     return count
 
 
-def _watch(
-    loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules
-) -> tuple[frozenset[str], bool]:
+def _watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> tuple[frozenset[str], bool]:
     """Trace the loss once on shapes alone: finds its mistakes early, which stacks it gathers itself, and
     whether it recomputes anything itself."""
     seen = context.Layout(mesh=None, activations=rules.activations)
