@@ -113,10 +113,10 @@ def _detect() -> str:
 def _local_gpus() -> list[int] | None:
     """This process's share of the host's GPUs; None leaves the choice to JAX (TPU, CPU)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        count = len([v for v in visible.split(",") if v.strip()])
-    else:
-        count = len(glob.glob("/dev/nvidia[0-9]*"))
+    found = (
+        glob.glob("/dev/nvidia[0-9]*") if visible is None else [v for v in visible.split(",") if v.strip()]
+    )
+    count = len(found)
     if not count:
         return None
     here, rank = _local_processes()

@@ -74,10 +74,8 @@ def _run(
         if top_k:
             least = jax.lax.top_k(logits, top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        if temperature > 0:
-            token = jax.random.categorical(key, logits / temperature)
-        else:
-            token = logits.argmax(-1)
+        drawn = jax.random.categorical(key, logits / temperature) if temperature > 0 else None
+        token = logits.argmax(-1) if drawn is None else drawn
         return jnp.where(before == stop, stop, token).astype(jnp.int32)
 
     x, cache = model.hidden(ids, cache=cache)

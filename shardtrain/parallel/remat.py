@@ -16,8 +16,26 @@ POLICIES = ("none", "dots", "full")
 
 # Moving and converting values is cheap; saving what it makes of a gathered weight would keep the weight.
 _MOVES = frozenset(
-    "all_gather broadcast_in_dim bitcast_convert_type concatenate convert_element_type copy copy_p "
-    "dynamic_slice expand_dims pad pcast pvary reshape rev sharding_constraint slice squeeze transpose".split()
+    [
+        "all_gather",
+        "broadcast_in_dim",
+        "bitcast_convert_type",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "dynamic_slice",
+        "expand_dims",
+        "pad",
+        "pcast",
+        "pvary",
+        "reshape",
+        "rev",
+        "sharding_constraint",
+        "slice",
+        "squeeze",
+        "transpose",
+    ]
 )
 
 

@@ -1,0 +1,61 @@
+"""Run a config. The same command on the same --output goes on where the run stopped; --fresh starts anew.
+
+  shardtrain train configs/gpt.py:tiny
+  shardtrain train configs/gpt.py:tiny --mesh.tensor 4 --mesh.fsdp 2 --output runs/other
+
+Every leaf of the config is a flag: see `shardtrain config CONFIG`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from typing import Any
+
+from shardtrain.cli import shell
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="FILE.py:FUNCTION or a saved config.json")
+    parser.add_argument("--fresh", action="store_true", help="move an older run in the output folder aside")
+    parser.set_defaults(takes_overrides=True)
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    from shardtrain.config import resolve
+    from shardtrain.config.devices import start_devices
+
+    config, notes = resolve(options.config, options.overrides)
+    line = start_devices(config.devices)
+    for note in [*notes, *([line] if line else [])]:
+        shell.say(note)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+
+    from shardtrain.config.run import train
+
+    run = train(config, fresh=options.fresh, say=shell.say, quiet=options.json and not sys.stderr.isatty())
+    code = {"interrupted": shell.DONE, "preempted": shell.INTERRUPTED}.get(run.stopped, shell.DONE)
+    last = run.history[-1] if run.history else {}
+    evaluation = run.evaluations[-1] if run.evaluations else {}
+    return code, {
+        "run": str(run.path),
+        "steps": run.step,
+        "train_loss": _finite(last.get("loss")),
+        "eval_loss": _finite(evaluation.get("loss")),
+        "tokens_per_second": run.tokens_per_second,
+        "mfu": run.mfu,
+        "step_seconds": run.step_seconds,
+        "mesh": dict(run.plan.mesh.shape),
+        "rules": run.plan.rules.name,
+        "groups": run.plan.groups,
+        "checkpoint": str(run.path / "checkpoints" / str(run.step)) if run.path else None,
+        "resumed_from": run.resumed_from,
+        "stopped": run.stopped,
+        "exit": code,
+    }
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, float) and math.isfinite(value) else None

@@ -1,0 +1,242 @@
+"""A config as a run in a folder: started, resumed, summed up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from shardtrain.config.build import Pieces, build
+from shardtrain.config.load import difference, from_json, load_config, to_json
+from shardtrain.config.schema import LAYOUT_FIELDS, RunConfig
+from shardtrain.errors import ConfigError
+from shardtrain.models import LanguageModel, generate
+from shardtrain.monitor import WandbWriter, loss_svg, sparkline, write_report
+from shardtrain.plan.fit import Run, fit
+
+FREE = (
+    *LAYOUT_FIELDS,
+    "eval_every",
+    "eval_rows",
+    "checkpoint_every",
+    "sample",
+    "sample_tokens",
+    "data.cache",
+)
+"""Fields that may change when a run is resumed: they do not change what is trained."""
+
+
+def train(
+    config: RunConfig, *, fresh: bool = False, say: Callable[[str], None] = print, quiet: bool = False
+) -> Run:
+    """Train a config in its output folder, and sum it up there.
+
+    Args:
+        fresh: move an older run aside instead of resuming it.
+        say: takes lines for people. quiet: no progress.
+
+    Raises:
+        ConfigError: the folder holds a run that trains something else, or cannot be written.
+    """
+    path = pathlib.Path(config.output)
+    old = None if fresh else _saved(path)
+    if old is not None:
+        config = resume_config(old, config, path)
+    pieces = build(config)
+    if fresh and jax.process_index() == 0:
+        _set_aside(path)
+    _make(path)
+    handler = _log_file(path)
+    try:
+        started: dict[str, Any] = {}
+
+        def on_plan(made: Any, step: Any) -> None:
+            memory = step.memory()
+            started.update(plan=str(made), memory=memory, collectives=str(step.collectives()))
+            say(f"{made}\n\n{memory}\n")
+            if old is None or old.groups is None:
+                _write_config(path, dataclasses.replace(config, groups=made.groups))
+
+        writers = []
+        if config.monitor.wandb and jax.process_index() == 0:
+            writers.append(
+                WandbWriter(config.monitor.wandb, _run_id(path), directory=path, config=to_json(config))
+            )
+        run = fit(
+            pieces.model,
+            pieces.loss,
+            pieces.optimizer,
+            pieces.loader,
+            mesh=pieces.mesh,
+            steps=config.steps,
+            rules=config.rules,
+            microbatches=config.microbatches,
+            groups=config.groups,
+            precision=config.precision,
+            learning_rate=pieces.learning_rate,
+            seed=config.seed,
+            eval_data=pieces.eval_loader,
+            eval_every=config.eval_every,
+            eval_rows=config.eval_rows,
+            output=path,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep,
+            config=to_json(config),
+            writers=writers,
+            tensorboard=config.monitor.tensorboard and jax.process_index() == 0,
+            progress=config.monitor.progress and not quiet,
+            flops_per_row=pieces.flops_per_row,
+            on_plan=on_plan,
+        )
+        if jax.process_index() == 0:
+            _sum_up(run, config, pieces, started, say)
+        return run
+    finally:
+        logging.getLogger("shardtrain").removeHandler(handler)
+        handler.close()
+
+
+def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConfig:
+    """The new config with the old run's groups, if both train the same thing.
+
+    Raises:
+        ConfigError: they differ in what is trained, with the differences.
+    """
+    ignore = FREE
+    changed = difference(old, new, ignore)
+    if "steps" in changed and (new.optimizer.decay == "constant" and new.steps >= 1):
+        del changed["steps"]
+    if changed:
+        lines = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in list(changed.items())[:6])
+        raise ConfigError(
+            "holds a run of another config",
+            where=str(path),
+            why=lines + (f"; and {len(changed) - 6} more" if len(changed) > 6 else ""),
+            fix="another --output, or --fresh to move the old run aside",
+        )
+    if new.groups is not None and old.groups is not None and new.groups != old.groups:
+        raise ConfigError(
+            f"the run has {old.groups} groups, {new.groups} were asked for",
+            where=str(path),
+            why="groups decide what one call of the loss sees",
+            fix=f"--groups {old.groups}, or another --output",
+        )
+    return dataclasses.replace(new, groups=old.groups)
+
+
+def _saved(path: pathlib.Path) -> RunConfig | None:
+    file = path / "config.json"
+    return load_config(str(file)) if file.is_file() else None
+
+
+def _make(path: pathlib.Path) -> None:
+    try:
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=f"output {path}", fix="--output DIR that can be"
+        ) from error
+
+
+def _set_aside(path: pathlib.Path) -> None:
+    if (path / "config.json").exists():
+        path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"))
+
+
+def _write_config(path: pathlib.Path, config: RunConfig) -> None:
+    if jax.process_index() == 0:
+        data = to_json(config)
+        assert from_json(data) == config, "a config must survive its JSON"
+        work = path / ".config.json.tmp"
+        work.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(work, path / "config.json")
+
+
+def _log_file(path: pathlib.Path) -> logging.Handler:
+    handler = logging.FileHandler(path / "logs" / f"process-{jax.process_index()}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("shardtrain")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.info("started on %d devices, %d processes", jax.device_count(), jax.process_count())
+    return handler
+
+
+def _run_id(path: pathlib.Path) -> str:
+    file = path / "wandb-run-id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
+def sample(run_model: Any, text: Any, config: RunConfig, seed: int = 0) -> str:
+    """Generated text after the config's prompt; empty without a prompt or a language model."""
+    if not config.sample or text is None or not isinstance(run_model, LanguageModel):
+        return ""
+    tokenizer = text.tokenizer()
+    prompt = tokenizer.encode(config.sample, add_special_tokens=False).ids
+    room = config.model.sequence - len(prompt)  # type: ignore[union-attr]
+    if room < 1:
+        return ""
+    ids = generate(run_model, prompt, min(config.sample_tokens, room), temperature=0.8, top_k=40, seed=seed)
+    return str(tokenizer.decode(ids.tolist()))
+
+
+def _sum_up(
+    run: Run, config: RunConfig, pieces: Pieces, started: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    assert run.path is not None
+    entropy = pieces.text.unigram_entropy if pieces.text is not None else math.nan
+    levels = {"unigram entropy": entropy} if math.isfinite(entropy) else {}
+    train_points = [(r["step"], r["loss"]) for r in run.history if r.get("loss") is not None]
+    eval_points = [(r["step"], r["loss"]) for r in run.evaluations if r.get("loss") is not None]
+    curve = loss_svg(train_points, eval_points, levels=levels, title=f"{run.path.name}: loss")
+    (run.path / "loss.svg").write_text(curve, encoding="utf-8")
+    text = sample(run.model, pieces.text, config) if run.stopped == "done" else ""
+    speed = f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "-"
+    facts = {
+        "mesh": " ".join(f"{a}={n}" for a, n in run.plan.mesh.shape.items())
+        + f", rules {run.plan.rules.name}",
+        "parameters": f"{run.plan.parameter_count:,}",
+        "steps": run.step,
+        "training loss": f"{train_points[-1][1]:.4f}" if train_points else "-",
+        "held-out loss": f"{eval_points[-1][1]:.4f}" if eval_points else "-",
+        "unigram entropy": f"{entropy:.4f}" if math.isfinite(entropy) else "-",
+        "tokens per second": speed,
+        "MFU": f"{run.mfu:.1%}" if run.mfu else "not known for these devices",
+        "folder": str(run.path),
+    }
+    write_report(
+        run.path / "report.html",
+        title=run.path.name,
+        curve=curve,
+        facts=facts,
+        memory=started.get("memory"),
+        layout=started.get("plan", ""),
+        collectives=started.get("collectives", ""),
+        sample=text,
+    )
+    if text:
+        say(f"\nsample:\n{text}\n")
+    if len(train_points) > 1:
+        say(
+            f"loss {sparkline([y for _, y in train_points])}  {train_points[0][1]:.2f} -> {train_points[-1][1]:.2f}"
+        )
+    if eval_points:
+        share = f", {eval_points[-1][1] / entropy:.2f} of the unigram entropy" if levels else ""
+        say(f"held-out loss {eval_points[-1][1]:.4f} nats per token{share}")
+    if run.stopped != "done":
+        say(f"{run.stopped} at step {run.step}; the same command goes on")
+    say(f"checkpoint {run.path / 'checkpoints' / str(run.step)}")
+    say(f"report     {run.path / 'report.html'}")
+    say(f"curve      {run.path / 'loss.svg'}")
+    say(f"metrics    {run.path / 'metrics.jsonl'}")

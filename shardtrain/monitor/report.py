@@ -1,0 +1,167 @@
+"""Pictures of a run: the loss curve as SVG, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardtrain.tree import bytes_text
+
+Points = Sequence[tuple[float, float]]
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_STYLE = """
+  text { font: 12px system-ui, sans-serif; fill: #555 } .title { font-size: 15px; fill: #222 }
+  .grid { stroke: #8884; stroke-width: 1 } .train { stroke: #4878d0; opacity: .45 } .smooth { stroke: #4878d0; stroke-width: 2 }
+  .eval { stroke: #d65f5f; stroke-width: 2 } .dot { fill: #d65f5f } .level { stroke: #888; stroke-dasharray: 5 4 }
+  @media (prefers-color-scheme: dark) { text { fill: #aaa } .title { fill: #eee } }
+"""
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """The values as one line of block characters."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    step = max(1.0, len(finite) / width)
+    picked = [finite[int(i * step)] for i in range(min(width, len(finite)))]
+    low, high = min(picked), max(picked)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0
+    return "".join(_BLOCKS[round((v - low) * scale)] for v in picked)
+
+
+def loss_svg(
+    train: Points, evaluation: Points = (), *, levels: Mapping[str, float] | None = None, title: str = "loss"
+) -> str:
+    """A loss curve as an SVG document.
+
+    Args:
+        train, evaluation: (step, loss). The training curve is drawn faint, with a running mean over it.
+        levels: name -> a horizontal line.
+    """
+    width, height, left, right, top, bottom = 760, 400, 62, 16, 56, 46
+    train = [(x, y) for x, y in train if math.isfinite(y)]
+    evaluation = [(x, y) for x, y in evaluation if math.isfinite(y)]
+    levels = {k: v for k, v in (levels or {}).items() if math.isfinite(v)}
+    points = [*train, *evaluation]
+    if not points:
+        points = [(0.0, 0.0), (1.0, 1.0)]
+    x_max = max(max(x for x, _ in points), 1.0)
+    values = [y for _, y in points] + list(levels.values())
+    y_min, y_max = min(values), max(values)
+    pad = (y_max - y_min or 1.0) * 0.06
+    y_min, y_max = y_min - pad, y_max + pad
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + x / x_max * (width - left - right),
+            top + (y_max - y) / (y_max - y_min) * (height - top - bottom),
+        )
+
+    def line(points: Points, kind: str) -> str:
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in points))
+        return f'<polyline class="{kind}" fill="none" points="{path}"/>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">',
+        f"<style>{_STYLE}</style>",
+        f'<text class="title" x="{left}" y="22">{html.escape(title)}</text>',
+    ]
+    for y in _ticks(y_min, y_max):
+        _, py = place(0, y)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in _ticks(0, x_max):
+        px, _ = place(x, y_min)
+        parts.append(f'<text x="{px:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">step</text>')
+    parts.append(
+        f'<text x="14" y="{(top + height - bottom) / 2}" text-anchor="middle" '
+        f'transform="rotate(-90 14 {(top + height - bottom) / 2})">nats</text>'
+    )
+    for name, level in levels.items():
+        _, py = place(0, level)
+        parts.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>')
+        parts.append(
+            f'<text x="{width - right}" y="{py - 5:.1f}" text-anchor="end">{html.escape(name)} {level:.3f}</text>'
+        )
+    if train:
+        parts += [line(train, "train"), line(_running_mean(train), "smooth")]
+    if evaluation:
+        parts.append(line(evaluation, "eval"))
+        for x, y in evaluation:
+            px, py = place(x, y)
+            parts.append(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="3"/>')
+    legend = [("smooth", f"training {train[-1][1]:.3f}")] if train else []
+    legend += [("eval", f"held out {evaluation[-1][1]:.3f}")] if evaluation else []
+    for index, (kind, name) in enumerate(legend):
+        x = left + 150 * index
+        parts.append(
+            f'<line class="{kind}" x1="{x}" x2="{x + 22}" y1="39" y2="39"/><text x="{x + 28}" y="43">{name}</text>'
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _running_mean(points: Points) -> list[tuple[float, float]]:
+    window = max(1, len(points) // 20)
+    result, total = [], 0.0
+    for index, (x, y) in enumerate(points):
+        total += y - (points[index - window][1] if index >= window else 0.0)
+        result.append((x, total / min(index + 1, window)))
+    return result
+
+
+def _ticks(low: float, high: float, count: int = 6) -> list[float]:
+    rough = (high - low) / count or 1.0
+    size = 10 ** math.floor(math.log10(rough))
+    size *= next(m for m in (1, 2, 5, 10) if rough <= m * size)
+    first = math.ceil(low / size)
+    return [round(i * size, 10) for i in range(first, math.floor(high / size) + 1)]
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    curve: str,
+    facts: Mapping[str, Any],
+    memory: Mapping[str, int] | None = None,
+    layout: str = "",
+    collectives: str = "",
+    sample: str = "",
+) -> pathlib.Path:
+    """One HTML page without any reference to the network.
+
+    Args:
+        curve: an SVG of ours. facts: a table. memory: name -> bytes per device, as bars.
+        layout, collectives, sample: plain text, escaped here.
+    """
+    rows = "".join(f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in facts.items())
+    bars = ""
+    if memory:
+        most = max(memory.values()) or 1
+        bars = "<h2>Memory per device</h2><table>" + "".join(
+            f"<tr><th>{html.escape(name)}<td>{bytes_text(size)}"
+            f'<td class="bar"><div style="width:{100 * size / most:.1f}%"></div>'
+            for name, size in memory.items()
+        )
+        bars += "</table>"
+    blocks = "".join(
+        f"<h2>{name}</h2><pre>{html.escape(text)}</pre>"
+        for name, text in (("Sample", sample), ("Layout", layout), ("Collectives", collectives))
+        if text
+    )
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width"><style>
+:root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+pre {{ overflow-x: auto; padding: 1rem; background: #8881; border-radius: 6px; font-size: 13px }}
+th {{ text-align: left; font-weight: 500; padding-right: 1.5rem; vertical-align: top }} .bar {{ width: 24rem }}
+.bar div {{ background: #4878d0; height: .8rem; border-radius: 3px; min-width: 2px }} svg {{ width: 100%; height: auto }}
+</style><h1>{html.escape(title)}</h1>{curve}<table>{rows}</table>{bars}{blocks}</html>
+"""
+    file = pathlib.Path(path)
+    file.write_text(page, encoding="utf-8")
+    return file

@@ -1,0 +1,199 @@
+"""`st.fit`: a Plan, its step, data, checkpoints, metrics and evaluation in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from shardtrain.checkpoint import Checkpointer
+from shardtrain.data import as_loader, prefetch
+from shardtrain.mesh import chip_of
+from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
+from shardtrain.parallel.presets import fsdp_tensor
+from shardtrain.plan.plan import Plan, plan
+from shardtrain.sharding import Rules
+from shardtrain.train.hooks import as_hook
+from shardtrain.train.loop import Stopped, run_loop
+from shardtrain.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `fit` returns.
+
+    `state`: the trained state. `model`: the user's model with it. `history`: a dict of metrics per
+    step. `evaluations`: a dict per evaluation. `path`: the run's folder, None without one.
+    `stopped`: done, interrupted, preempted or "data ended". `resumed_from`: a step, or None.
+    """
+
+    state: TrainState
+    model: Any
+    history: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    path: pathlib.Path | None
+    step: int
+    stopped: Stopped
+    resumed_from: int | None
+    plan: Plan
+    step_seconds: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+
+
+def fit(
+    model: Any,
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    data: Any,
+    *,
+    mesh: Mesh,
+    steps: int,
+    rules: Rules | str = fsdp_tensor,
+    microbatches: int = 1,
+    groups: int | None = None,
+    precision: str = "f32",
+    annotations: Any = None,
+    trainable: Any = None,
+    learning_rate: Any = None,
+    seed: int = 0,
+    eval_data: Any = None,
+    eval_loss_fn: Callable[..., Any] | None = None,
+    eval_every: int = 0,
+    eval_rows: int = 0,
+    output: str | pathlib.Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    config: dict[str, Any] | None = None,
+    writers: Sequence[Any] = (),
+    tensorboard: bool = False,
+    hooks: Sequence[Any] = (),
+    progress: bool = True,
+    flops_per_row: float | None = None,
+    on_plan: Callable[[Plan, Any], None] | None = None,
+) -> Run:
+    """Train a model on a mesh. The same call with the same `output` goes on where it stopped.
+
+    Args:
+        model, loss_fn, optimizer, mesh, rules, microbatches, groups, precision, annotations, trainable,
+            learning_rate: see `st.plan`.
+        data: a loader, a dict of arrays, or any iterable of batches (dicts or tuples of arrays, NumPy or
+            PyTorch on the CPU).
+        steps: train up to this step.
+        eval_data: held-out batches: a loader with `.batches()`, or an iterable that can be iterated
+            again. eval_every: steps between evaluations; there is one at the end anyway. eval_rows: at
+            most so many rows (0 for all).
+        output: folder of the run: metrics.jsonl, checkpoints/, tensorboard/. None writes nothing.
+        checkpoint_every: steps; one is written at the end anyway. keep: how many of them.
+        config: JSON kept beside each checkpoint.
+        writers: further `monitor.Writer`s. hooks: `train.hooks.Hook`s or functions `(step, metrics)`.
+        flops_per_row: training FLOPs of one row, for MFU; default 6 x parameters.
+        on_plan: called with the plan and its compiled step before training, to report them.
+
+    Returns:
+        A `Run`; also after Ctrl-C, which saves first.
+
+    Raises:
+        What `st.plan` and `st.Checkpointer` raise; RunError when the loss is not finite.
+    """
+    loader = as_loader(data)
+    made = plan(
+        model,
+        loss_fn,
+        optimizer,
+        batch=loader.batch_spec,
+        mesh=mesh,
+        rules=rules,
+        microbatches=microbatches,
+        groups=groups,
+        precision=precision,
+        annotations=annotations,
+        trainable=trainable,
+        learning_rate=learning_rate,
+    )
+    path = None if output is None else pathlib.Path(output)
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if path is not None:
+            checkpoints = stack.enter_context(
+                Checkpointer(path / "checkpoints", every=checkpoint_every or None, keep=keep, config=config)
+            )
+        compiled = made.compile()
+        if on_plan is not None:
+            on_plan(made, compiled)
+        state = made.init(seed) if checkpoints is None else checkpoints.restore_or_init(made, seed)
+        first = int(state)
+        all_writers = list(writers)
+        if path is not None:
+            all_writers.insert(0, JsonlWriter(path / "metrics.jsonl"))
+            if tensorboard:
+                all_writers.append(TensorBoardWriter(path / "tensorboard"))
+        for writer in all_writers:
+            writer.resume(first)
+            stack.callback(writer.close)
+        earlier = read_jsonl(path / "metrics.jsonl") if path is not None else []
+        evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and first < steps else None
+        meter = Throughput(_flops(made, flops_per_row), _peak(mesh))
+        rows = loader.for_rows(made.rows)
+        batches = prefetch(rows.starting_at(state.rows_consumed()))
+        stack.callback(getattr(batches, "close", lambda: None))
+        display = stack.enter_context(Progress(steps, enabled=progress))
+        result = run_loop(
+            state,
+            batches,
+            step_function=compiled,
+            put=made.put,
+            first_step=first,
+            steps=steps,
+            meter=meter,
+            display=display,
+            writers=all_writers,
+            hooks=[as_hook(h) for h in hooks],
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            eval_batches=functools.partial(_eval_batches, eval_data, eval_rows, made),
+            eval_every=eval_every,
+            last_evaluated=max((r["step"] for r in earlier if "eval_loss" in r), default=-1),
+        )
+    old_evaluations = [
+        {"step": r["step"], **{k.removeprefix("eval_"): v for k, v in r.items() if k.startswith("eval_")}}
+        for r in earlier
+        if "eval_loss" in r
+    ]
+    return Run(
+        state=result.state,
+        model=made.model(result.state),
+        history=[r for r in earlier if "loss" in r] + result.history,
+        evaluations=old_evaluations + result.evaluations,
+        path=path,
+        step=result.step,
+        stopped=result.stopped,
+        resumed_from=first or None,
+        plan=made,
+        step_seconds=meter.step_seconds,
+        tokens_per_second=meter.tokens_per_second,
+        mfu=meter.mfu,
+    )
+
+
+def _eval_batches(eval_data: Any, limit: int, made: Plan) -> Any:
+    if hasattr(eval_data, "batches"):
+        return eval_data.for_rows(made.rows).batches(limit)
+    batches = itertools.islice(iter(eval_data), -(-limit // made.global_batch) if limit else None)
+    return batches
+
+
+def _flops(made: Plan, per_row: float | None) -> float:
+    return made.global_batch * (per_row if per_row is not None else 6.0 * made.parameter_count)
+
+
+def _peak(mesh: Mesh) -> float | None:
+    chip = chip_of(mesh.devices.flat[0])
+    return chip.flops["bf16"] * mesh.size if chip else None
