@@ -1,6 +1,11 @@
 """Model families: one file each, sharing `layers/`. Plain Flax; they run with and without a mesh."""
 
-from typing import Any
+from __future__ import annotations
+
+import math
+
+import jax
+from flax import nnx
 
 from shardtrain.models.generate import generate
 from shardtrain.models.gpt import GPT, GPTConfig
@@ -10,9 +15,15 @@ from shardtrain.models.llama import Llama, LlamaConfig
 FAMILIES: dict[type, type] = {GPTConfig: GPT, LlamaConfig: Llama}
 
 
-def build_model(config: GPTConfig | LlamaConfig, rngs: Any) -> LanguageModel:
+def build_model(config: GPTConfig | LlamaConfig, rngs: nnx.Rngs) -> LanguageModel:
     """The model that a config describes."""
     return FAMILIES[type(config)](config, rngs)
+
+
+def parameter_count(config: GPTConfig | LlamaConfig) -> int:
+    """Parameters of the model that a config describes, tied ones once; allocates nothing."""
+    shapes = nnx.eval_shape(lambda: nnx.state(build_model(config, nnx.Rngs(0)), nnx.Param))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 __all__ = [
@@ -25,4 +36,5 @@ __all__ = [
     "build_model",
     "generate",
     "language_model_loss",
+    "parameter_count",
 ]

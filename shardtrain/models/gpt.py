@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from shardtrain.errors import ConfigError
-from shardtrain.models.language import LanguageModel, training_flops
+from shardtrain.models.language import LanguageModel, check_sizes, training_flops
 from shardtrain.models.layers.attention import Cache, SelfAttention
 from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import Mlp
@@ -37,28 +37,28 @@ class GPTConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.embed % self.heads:
             raise ConfigError(
                 f"embed = {self.embed} is not divisible by heads = {self.heads}",
                 where="GPTConfig",
                 fix=f"embed={math.ceil(self.embed / self.heads) * self.heads}",
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{self.dropout}", where="GPTConfig.dropout", fix="0 <= dropout < 1")
 
     @property
-    def hidden(self) -> int:
+    def columns(self) -> int:
         """Columns of the MLP."""
         return self.mlp or 4 * self.embed
 
     def flops_per_token(self, sequence: int) -> float:
-        """Training FLOPs per token; see `training_flops`. Tables that are looked up do not count, the head does."""
-        layer = 4 * self.embed**2 + 2 * self.embed * self.hidden
+        """Training FLOPs per token; see `training_flops`."""
+        layer = 4 * self.embed**2 + 2 * self.embed * self.columns
         return training_flops(
             self.layers * layer + self.embed * self.vocab, self.layers, self.embed, sequence
         )
 
 
+TINY = GPTConfig()
 SMALL = GPTConfig(vocab=50304, sequence=1024, embed=768, layers=12, heads=12, remat="dots")
 MEDIUM = GPTConfig(vocab=50304, sequence=1024, embed=1024, layers=24, heads=16, remat="dots")
 LARGE = GPTConfig(vocab=50304, sequence=1024, embed=1280, layers=36, heads=20, remat="full")
@@ -76,7 +76,7 @@ class Block(nnx.Module):
             c.embed, c.heads, c.heads, c.embed // c.heads, rngs, bias=True, theta=None, out_stddev=out_stddev
         )
         self.mlp_norm = LayerNorm(c.embed, rngs)
-        self.mlp = Mlp(c.embed, c.hidden, rngs, out_stddev=out_stddev)
+        self.mlp = Mlp(c.embed, c.columns, rngs, out_stddev=out_stddev)
         self.dropout = Dropout(c.dropout)
 
     def __call__(
@@ -106,7 +106,7 @@ class GPT(LanguageModel):
         self.final_norm = LayerNorm(c.embed, rngs)
         self.head_kernel = None if c.tied else normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
 
-    def hidden(
+    def forward(
         self,
         tokens_BT: jax.Array,
         *,
@@ -138,10 +138,3 @@ class GPT(LanguageModel):
 
     def head(self) -> jax.Array:
         return self.token_table[...].T if self.head_kernel is None else self.head_kernel[...]
-
-
-def parameter_count(c: GPTConfig) -> int:
-    """Parameters, by formula; a test holds it to the model."""
-    layer = 4 * c.embed**2 + 2 * c.embed * c.hidden + 9 * c.embed + c.hidden
-    tables = (c.vocab + c.sequence + 2) * c.embed + (0 if c.tied else c.embed * c.vocab)
-    return c.layers * layer + tables

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain.errors import ConfigError
 from shardtrain.models.layers.cross_entropy import cross_entropy
 from shardtrain.models.layers.stack import empty_caches
 from shardtrain.parallel.groups import Loss
@@ -17,12 +18,17 @@ from shardtrain.sharding import constrain
 
 
 class LanguageModel(nnx.Module):
-    """Base of the families. Arrays carry their shape in the name: B batch, T tokens, D embed, V vocab."""
+    """Base of the families. Arrays carry their shape in the name: B batch, T tokens, D embed, V vocab.
 
+    Parameters are float32; activations have the dtype of the parameters (a Plan casts them), while norms,
+    softmax, logits and loss are float32. Dropout needs a `key`, and is off after `model.eval()`.
+    """
+
+    config: Any
     blocks: Any
 
     @abc.abstractmethod
-    def hidden(
+    def forward(
         self,
         tokens_BT: jax.Array,
         *,
@@ -30,7 +36,7 @@ class LanguageModel(nnx.Module):
         cache: Any = None,
         position: jax.Array | int = 0,
     ) -> tuple[jax.Array, Any]:
-        """Normalised hidden states [B, T, D] after the last block, and the cache."""
+        """Hidden states and the cache, with these tokens added to it at `position`."""
 
     @abc.abstractmethod
     def head(self) -> jax.Array:
@@ -38,8 +44,11 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Logits [B, T, V] in float32."""
-        x_BTD, _ = self.hidden(tokens_BT, key=key)
-        return self.logits(x_BTD)
+        return self.logits(self.hidden(tokens_BT, key=key))
+
+    def hidden(self, tokens_BT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Normalised hidden states [B, T, D] after the last block."""
+        return self.forward(tokens_BT, key=key)[0]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
@@ -50,14 +59,22 @@ class LanguageModel(nnx.Module):
         """Keys and values for `length` positions of every layer."""
         return empty_caches(self.blocks, batch, length, self.head().dtype)
 
+    def flops_per_token(self, sequence: int) -> float:
+        """Training FLOPs per token; see `training_flops`."""
+        return self.config.flops_per_token(sequence)
+
 
 def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None) -> Loss:
     """Weighted sum of next-token cross-entropies in nats, and the sum of the weights.
 
-    `batch`: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T].
+    Args:
+        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T].
+        rngs: of this group, for dropout; None for none.
+
+    Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says.
     """
-    key = None if rngs is None else rngs()
-    x_BTD, _ = model.hidden(batch["tokens"], key=key)
+    dropout = rngs is not None and model.config.dropout > 0
+    x_BTD = model.hidden(batch["tokens"], key=rngs.dropout() if dropout else None)  # type: ignore[union-attr]
     total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
     return Loss(total, batch["weights"].sum())
 
@@ -65,7 +82,17 @@ def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rn
 def training_flops(matrix_parameters: int, layers: int, width: int, sequence: int) -> float:
     """FLOPs to train on one token: 6 per parameter of a matrix product, 12 L T width for attention.
 
-    Counts the causal half of the scores in full, as is customary. Source: Chowdhery et al., PaLM
-    (arXiv 2204.02311), appendix B.
+    Counts the head (tied or not), not the tables that are looked up; counts the scores in full although
+    half are masked, as is customary. Source: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B.
     """
     return 6.0 * matrix_parameters + 12.0 * layers * sequence * width
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes below 1 (0 where a config gives it a meaning) and a dropout outside [0, 1)."""
+    name = type(config).__name__
+    for field in ("vocab", "sequence", "embed", "layers", "heads"):
+        if getattr(config, field) < 1:
+            raise ConfigError(f"{getattr(config, field)}", where=f"{name}.{field}", fix="1 or more")
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"{config.dropout}", where=f"{name}.dropout", fix="0 <= dropout < 1")

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from shardtrain.errors import ConfigError
-from shardtrain.models.language import LanguageModel, training_flops
+from shardtrain.models.language import LanguageModel, check_sizes, training_flops
 from shardtrain.models.layers.attention import Cache, SelfAttention
 from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import GatedMlp
@@ -39,11 +39,12 @@ class LlamaConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
+        check_sizes(self)
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}",
                 where="LlamaConfig",
-                fix=f"kv_heads={math.gcd(self.heads, self.kv_heads)}",
+                fix=f"kv_heads={math.gcd(self.heads, self.kv_heads) or 1}",
             )
         if not self.head_dim and self.embed % self.heads:
             raise ConfigError(
@@ -58,11 +59,13 @@ class LlamaConfig:
         return self.head_dim or self.embed // self.heads
 
     def flops_per_token(self, sequence: int) -> float:
-        """Training FLOPs per token; see `training_flops`. The head counts, the table that is looked up does not."""
-        matrices = self.layers * _layer_matrices(self) + self.embed * self.vocab
+        """Training FLOPs per token; see `training_flops`."""
+        attention = 2 * self.embed * (self.heads + self.kv_heads) * self.width
+        matrices = self.layers * (attention + 3 * self.embed * self.mlp) + self.embed * self.vocab
         return training_flops(matrices, self.layers, self.heads * self.width, sequence)
 
 
+TINY = LlamaConfig(kv_heads=4)
 B1 = LlamaConfig(128256, 4096, 2048, 16, 32, 8, 64, 8192, 500000.0, remat="dots")
 B8 = LlamaConfig(128256, 4096, 4096, 32, 32, 8, 128, 14336, 500000.0, remat="full")
 B70 = LlamaConfig(128256, 4096, 8192, 80, 64, 8, 128, 28672, 500000.0, remat="full")
@@ -106,7 +109,7 @@ class Llama(LanguageModel):
         self.final_norm = RMSNorm(c.embed, rngs)
         self.head_kernel = normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
 
-    def hidden(
+    def forward(
         self,
         tokens_BT: jax.Array,
         *,
@@ -128,13 +131,3 @@ class Llama(LanguageModel):
 
     def head(self) -> jax.Array:
         return self.head_kernel[...]
-
-
-def _layer_matrices(c: LlamaConfig) -> int:
-    attention = 2 * c.embed * c.heads * c.width + 2 * c.embed * c.kv_heads * c.width
-    return attention + 3 * c.embed * c.mlp
-
-
-def parameter_count(c: LlamaConfig) -> int:
-    """Parameters, by formula; a test holds it to the model."""
-    return c.layers * (_layer_matrices(c) + 2 * c.embed) + c.embed * (2 * c.vocab + 1)

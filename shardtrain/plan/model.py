@@ -71,8 +71,10 @@ def _is_linen(model: Any) -> bool:
 
 def _state_dict(state: Any) -> dict[str, Any]:
     """Nested plain dict of an `nnx.State`, with names as keys (lists become "0", "1", ...)."""
+    from flax import nnx
+
     result: dict[str, Any] = {}
-    for path, variable in state.flat_state():
+    for path, variable in nnx.to_flat_state(state):
         here = result
         for part in path[:-1]:
             here = here.setdefault(str(part), {})
@@ -85,12 +87,12 @@ def _fill(state: Any, values: Any) -> Any:
     from flax import nnx
 
     flat = []
-    for path, variable in state.flat_state():
+    for path, variable in nnx.to_flat_state(state):
         leaf = values
         for part in path:
             leaf = leaf[str(part)]
         flat.append((path, variable.replace(leaf)))
-    return nnx.State.from_flat_path(flat)
+    return nnx.from_flat_state(flat)
 
 
 class Nnx(Model):
@@ -100,32 +102,35 @@ class Nnx(Model):
         from flax import nnx
 
         self.nnx = nnx
-        with nnx.use_eager_sharding(False):
-            if factory is not None:
-                module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
-                if not isinstance(module, nnx.Module):
-                    raise ShardTrainError(
-                        f"the factory returned a {type(module).__name__}, not an nnx.Module",
-                        where="model",
-                        fix="lambda rngs: MyModule(..., rngs=rngs)",
-                    )
-            else:
-                module = instance
-            filters: Any = [trainable if trainable is not None else nnx.Param, nnx.RngState, nnx.Param, ...]
+        filters: Any = [trainable if trainable is not None else nnx.Param, nnx.RngState, nnx.Param, ...]
+
+        def parts() -> tuple[Any, ...]:
+            module = instance if factory is None else factory(nnx.Rngs(0))
+            if not isinstance(module, nnx.Module):
+                raise ShardTrainError(
+                    f"the factory returned a {type(module).__name__}, not an nnx.Module",
+                    where="model",
+                    fix="lambda rngs: MyModule(..., rngs=rngs)",
+                )
             split: Any = nnx.split(module, *filters)
-            self.graph, params, rngs, frozen, rest = split
+            self.graph = split[0]
+            return tuple(split[1:])
+
+        with nnx.use_eager_sharding(False):
+            # Not nnx.eval_shape, which reads logical axes as mesh axes where the caller has set a mesh.
+            params, rngs, frozen, rest = jax.eval_shape(parts)
         self.factory, self.instance, self.filters = factory, instance, filters
         self.templates = (params, frozen, rest)
         self.rngs = rngs
-        if not params.flat_state():
+        if not nnx.to_flat_state(params):
             raise ShardTrainError(
                 "nothing to train", where="model", fix="a trainable= filter that matches parameters"
             )
         self.axes, self.merges = {}, {}
         for state in (params, frozen):
-            for path, variable in state.flat_state():
+            for path, variable in nnx.to_flat_state(state):
                 self.axes["/".join(map(str, path))] = self._names(variable)
-        for path, variable in rest.flat_state():
+        for path, variable in nnx.to_flat_state(rest):
             if "merge" in variable.get_metadata():
                 self.merges["/".join(map(str, path))] = variable.get_metadata()["merge"]
 
@@ -163,7 +168,7 @@ class Nnx(Model):
         """The module's own random streams, as a function of the group's key alone."""
         base = jax.random.key(0) if key is None else key
         flat = []
-        for index, (path, variable) in enumerate(self.rngs.flat_state()):
+        for index, (path, variable) in enumerate(self.nnx.to_flat_state(self.rngs)):
             old = variable.get_value()
             if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
                 new = jax.random.fold_in(base, 1 + index)
@@ -171,7 +176,7 @@ class Nnx(Model):
             else:
                 new = jnp.zeros(old.shape, old.dtype)
             flat.append((path, variable.replace(new)))
-        return self.nnx.State.from_flat_path(flat)
+        return self.nnx.from_flat_state(flat)
 
     def variables(self, bound: Any) -> Any:
         split: Any = self.nnx.split(bound, *self.filters)

@@ -26,7 +26,7 @@ from shardtrain.sharding import Annotations, Rules, annotate, context
 from shardtrain.sharding.names import suggestion
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.state import TrainState, cursor_words
-from shardtrain.train.step import StepParts, evaluate_step, train_step
+from shardtrain.train.step import StepParts, evaluate_step, gradients, train_step
 from shardtrain.tree import flatten
 
 log = logging.getLogger("shardtrain")
@@ -456,6 +456,13 @@ class Plan:
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """The pure step, to be traced: what `compile` compiles."""
         return train_step(self._parts(train=True), self.optimizer, self._rate, state, batch)
+
+    def gradients(self, state: TrainState, batch: Any) -> tuple[Any, jax.Array]:
+        """Gradients of the loss of one global batch, before any clipping, and the loss; to be traced."""
+        grads, scalars, _, _ = gradients(
+            self._parts(train=True), state.params, state.model_state, state.key, state.step, batch
+        )
+        return jax.tree.map(lambda g: g / scalars[1], grads), scalars[0] / scalars[1]
 
     def compile(self, *, donate: bool = True) -> Step:
         """The compiled training step: `state, metrics = step(state, plan.put(batch))`.

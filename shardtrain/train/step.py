@@ -241,8 +241,8 @@ def train_step(
     params = optax.apply_updates(params, updates)
     metrics = {
         "loss": scalars[0] / weight,
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
         "tokens": scalars[1],
     }
     rate = learning_rate(opt_state, state.step)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.models.layers.rotary import rotate
 from shardtrain.parallel.remat import REDUCED
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, context
 
 CHUNK = 1024  # queries at a time where no fused kernel keeps the scores out of memory
 
@@ -21,13 +21,20 @@ Cache = dict[str, jax.Array]
 
 
 class SelfAttention(nnx.Module):
-    """Heads stay whole under tensor parallelism: q, k, v are separate dims of one kernel, never split.
+    """Causal self-attention. One kernel makes a group's queries, its key and its value side by side:
+
+        [embed, kv_heads, queries per group + 2, head_dim]
+
+    Tensor parallelism divides `kv_heads`, so groups stay whole, nothing is exchanged to take q, k and v
+    apart, and the gradient of the input is reduced once, not once for q and once for k and v.
 
     Args:
-        embed, heads, kv_heads, head_dim: sizes; `kv_heads` divides `heads`.
+        embed, heads, kv_heads, head_dim: sizes; `kv_heads` divides `heads` (equal: plain multi-head).
         bias: whether projections have biases.
         theta: base of the rotary positions, or None for none.
         out_stddev: of the output projection's initial values.
+
+    Source of grouped queries: Ainslie et al. (arXiv 2305.13245).
     """
 
     def __init__(
@@ -43,14 +50,11 @@ class SelfAttention(nnx.Module):
         stddev: float = 0.02,
         out_stddev: float = 0.02,
     ):
-        self.fused = heads == kv_heads
         self.theta = theta
-        if self.fused:
-            self.qkv_kernel = normal(rngs, stddev, embed=embed, _three=3, heads=heads, head_dim=head_dim)
-            self.qkv_bias = zeros(rngs, _three=3, heads=heads, head_dim=head_dim) if bias else None
-        else:
-            self.q_kernel = normal(rngs, stddev, embed=embed, heads=heads, head_dim=head_dim)
-            self.kv_kernel = normal(rngs, stddev, embed=embed, _two=2, kv_heads=kv_heads, head_dim=head_dim)
+        self.kv_shape = (kv_heads, head_dim)
+        groups = dict(kv_heads=kv_heads, _group=heads // kv_heads + 2, head_dim=head_dim)
+        self.qkv_kernel = normal(rngs, stddev, embed=embed, **groups)
+        self.qkv_bias = zeros(rngs, **groups) if bias else None
         self.out_kernel = normal(rngs, out_stddev, heads=heads, head_dim=head_dim, embed=embed)
         self.out_bias = zeros(rngs, embed=embed) if bias else None
 
@@ -69,34 +73,30 @@ class SelfAttention(nnx.Module):
                 "k": jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start),
                 "v": jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start),
             }
-            mixed = _attend_cache(q, cache, position)
+            # The prompt sees only itself: what the cache holds beyond it is empty.
+            start_of_text = isinstance(position, int) and position == 0
+            mixed = causal_attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
         mixed = constrain(mixed, "batch", "seq", "heads", "head_dim")
         y = jnp.einsum("bthk,hkd->btd", mixed, self.out_kernel[...])
         y = checkpoint_name(constrain(y, "batch", "seq", "embed"), REDUCED)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if self.fused:
-            qkv = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv_kernel[...])
-            if self.qkv_bias is not None:
-                qkv = qkv + self.qkv_bias[...]
-            qkv = checkpoint_name(constrain(qkv, "batch", "seq", None, "heads", "head_dim"), "qkv")
-            return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        q = jnp.einsum("btd,dhk->bthk", x_BTD, self.q_kernel[...])
-        kv = jnp.einsum("btd,dchk->btchk", x_BTD, self.kv_kernel[...])
-        q = checkpoint_name(constrain(q, "batch", "seq", "heads", "head_dim"), "qkv")
-        kv = checkpoint_name(constrain(kv, "batch", "seq", None, "kv_heads", "head_dim"), "qkv")
-        return q, kv[:, :, 0], kv[:, :, 1]
+        """q [B, T, heads, head_dim]; k, v [B, T, kv_heads, head_dim]."""
+        qkv = jnp.einsum("btd,dngh->btngh", x_BTD, self.qkv_kernel[...])
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...]
+        qkv = checkpoint_name(constrain(qkv, "batch", "seq", "kv_heads", None, "head_dim"), "qkv")
+        q = qkv[:, :, :, :-2].reshape(*x_BTD.shape[:2], -1, qkv.shape[-1])
+        return constrain(q, "batch", "seq", "heads", "head_dim"), qkv[:, :, :, -2], qkv[:, :, :, -1]
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         """Zeros for `length` positions."""
-        kernel = self.qkv_kernel if self.fused else self.kv_kernel
-        shape = (batch, length, *kernel.shape[-2:])
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        return {name: jnp.zeros((batch, length, *self.kv_shape), dtype) for name in ("k", "v")}
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUNK) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v with a causal mask.
+    """softmax(q k^T / sqrt(head_dim)) v with a causal mask; scores and softmax in float32.
 
     Args:
         q: [batch, seq, heads, head_dim]; k, v: [batch, seq, kv_heads, head_dim].
@@ -105,21 +105,36 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUN
     On NVIDIA GPUs with 16-bit values this is cuDNN's flash attention.
     """
     length = q.shape[1]
-    if q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu" and has_flash(_device(), q):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    if length <= chunk or length % chunk:
+    if length <= chunk:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
-    # Later chunks of queries see more keys; scores exist for one chunk at a time, also in the backward.
+    # Scores exist for one chunk of queries at a time, in the backward too, where they are made again.
     @jax.checkpoint
     def one(start: jax.Array, q_chunk: jax.Array) -> jax.Array:
         mask = (start + jnp.arange(chunk))[:, None] >= jnp.arange(length)[None]
         return jax.nn.dot_product_attention(q_chunk, k, v, mask=mask[None, None])
 
-    chunks = jnp.moveaxis(q.reshape(q.shape[0], length // chunk, chunk, *q.shape[2:]), 1, 0)
-    starts = jnp.arange(length // chunk) * chunk
-    out = jax.lax.map(lambda xs: one(*xs), (starts, chunks))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    chunks = -(-length // chunk)
+    padded = jnp.pad(q, [(0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)])
+    q_chunks = jnp.moveaxis(padded.reshape(q.shape[0], chunks, chunk, *q.shape[2:]), 1, 0)
+    out = jax.lax.map(lambda xs: one(*xs), (jnp.arange(chunks) * chunk, q_chunks))
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def has_flash(device: Any, q: jax.Array) -> bool:
+    """Whether cuDNN's attention takes `q` on this device: NVIDIA from Ampere on, 16 bits, heads to 128 wide."""
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD says "gfx942", others nothing
+    modern = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    return modern and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def _device() -> Any:
+    """A device of the kind that the trace under way is for."""
+    layout = context.current()
+    return jax.devices()[0] if layout is None or layout.mesh is None else layout.mesh.devices.flat[0]
 
 
 def _attend_cache(q: jax.Array, cache: Cache, position: jax.Array | int) -> jax.Array:

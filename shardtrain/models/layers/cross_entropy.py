@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain
 
-CHUNK_LOGITS = 2**22  # float32 logits alive at a time: 16 MiB
+FEW, MANY = 2**22, 2**26  # float32 logits alive at a time: 16 MiB are always fine, 256 MiB rarely better
 
 
 def cross_entropy(
@@ -23,7 +23,7 @@ def cross_entropy(
     *,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Sum over tokens of `weight * (logsumexp(logits) - logit of the target)`, float32.
+    """Sum over tokens of `weight * (logsumexp(logits) - logit of the target)`, float32, in nats.
 
     Logits are made in float32 for a chunk of tokens at a time, and the gradients of `x` and the head in
     the same pass, so that the backward multiplies nothing again. The target's logit is a masked sum,
@@ -31,21 +31,48 @@ def cross_entropy(
 
     Args:
         x_BTD: hidden states. head_DV: [embed, vocab]. targets_BT: int. weights_BT: not differentiated.
-        chunk: tokens at a time; default: as many as make 2**22 logits.
+        chunk: tokens at a time; default: see `chunk_size`.
 
     Communicates: under a vocab-sharded head, three scalars per token forward, one all-reduce of the
-    gradient of `x` (2f*B*T*D) over tensor.
+    gradient of `x` (2f*B*T*D) over tensor. Nothing over the batch axes where they are manual.
 
     Source: the chunked head of Wijmans et al. (arXiv 2411.09009), gradients in the forward pass as in
-    Hsu et al., Liger kernels (arXiv 2410.10989).
+    Hsu et al., Liger kernels (arXiv 2410.10989). Held by tests/unit/models/test_cross_entropy.py.
     """
-    tokens = targets_BT.size
-    wanted = chunk or max(1, CHUNK_LOGITS // head_DV.shape[1])
-    size = next(c for c in range(min(wanted, tokens), 0, -1) if tokens % c == 0)
-    x = x_BTD.reshape(tokens // size, size, x_BTD.shape[-1])
-    targets = targets_BT.reshape(tokens // size, size)
-    weights = weights_BT.reshape(tokens // size, size).astype(jnp.float32)
-    return _summed(x, head_DV, targets, weights)
+    tokens, (embed, vocab) = targets_BT.size, head_DV.shape
+    chunks = -(-tokens // min(tokens, chunk or chunk_size(tokens, embed, vocab)))
+    # A number of chunks nearby that divides; else tokens of weight zero fill up the last one.
+    chunks = next((n for n in range(chunks, 2 * chunks) if tokens % n == 0), chunks)
+    missing = -tokens % chunks
+
+    def cut(array: jax.Array, *rest: int) -> jax.Array:
+        flat = array.reshape(tokens, *rest)
+        if missing:
+            flat = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(rest)])
+        return flat.reshape(chunks, -1, *rest)
+
+    inputs = (cut(x_BTD, embed), head_DV, cut(targets_BT), cut(weights_BT).astype(jnp.float32))
+    return _summed(*_alike(*inputs))
+
+
+def chunk_size(tokens: int, embed: int, vocab: int) -> int:
+    """Tokens at a time: a 16th of them, within bounds.
+
+    At least `embed`, since the head's float32 gradient is read and written once per chunk and is then no
+    larger than the chunk's logits; at least 2**22 logits; at most 2**26 logits where that leaves `embed`.
+    """
+    least = max(embed, FEW // vocab)
+    return min(max(tokens // 16, least), max(MANY // vocab, least))
+
+
+def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """All arrays varying over the manual mesh axes that any of them varies over.
+
+    A scan's carry must start with the type it ends with, and inside `shard_map` the varying axes are part
+    of the type. Outside it does nothing.
+    """
+    axes = sorted(set().union(*(jax.typeof(a).mat.varying for a in arrays)))
+    return varying(arrays, tuple(axes))
 
 
 @jax.custom_vjp
@@ -61,7 +88,7 @@ def _chunk(
     logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=jnp.float32)
     logits = constrain(logits, None, "vocab")
     hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
-    top = jax.lax.stop_gradient(logits.max(-1))
+    top = logits.max(-1)
     exponentials = jnp.exp(logits - top[:, None])
     total = exponentials.sum(-1)
     gold = jnp.where(hit, logits, 0.0).sum(-1)
@@ -75,25 +102,20 @@ def _forward(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Arr
         x, targets, weights = xs
         loss, gradient = _chunk(x, head, targets, weights)
         gradient = gradient.astype(x.dtype)
-        x_gradient = jnp.einsum("tv,dv->td", gradient, head, preferred_element_type=jnp.float32)
+        # In the dtype of x: what crosses the tensor axis is as narrow as the activations.
+        x_gradient = jnp.einsum("tv,dv->td", gradient, head).astype(x.dtype)
         head_gradient += jnp.einsum("td,tv->dv", x, gradient, preferred_element_type=jnp.float32)
-        return constrain(head_gradient, None, "vocab"), (loss, x_gradient.astype(x.dtype))
+        return constrain(head_gradient, None, "vocab"), (loss, x_gradient)
 
-    # Zeros made from the inputs vary over the same mesh axes as they do inside a manual region.
-    start = jnp.zeros_like(head, jnp.float32) + 0 * weights[0, 0] + 0 * x[0, 0, 0].astype(jnp.float32)
+    start, _ = _alike(jnp.zeros(head.shape, jnp.float32), head)
     head_gradient, (losses, x_gradient) = jax.lax.scan(body, start, (x, targets, weights))
     # Saved under every remat policy: to recompute them would be to run the head again.
     return losses.sum(), checkpoint_name((x_gradient, head_gradient.astype(head.dtype)), REDUCED)
 
 
 def _backward(residuals: Any, upstream: jax.Array) -> tuple[Any, ...]:
-    x_gradient, head_gradient = residuals
-    scale = functools.partial(_scale, upstream)
-    return scale(x_gradient), scale(head_gradient), None, None
-
-
-def _scale(upstream: jax.Array, gradient: jax.Array) -> jax.Array:
-    return (gradient.astype(jnp.float32) * upstream).astype(gradient.dtype)
+    scaled = [(g.astype(jnp.float32) * upstream).astype(g.dtype) for g in residuals]
+    return *scaled, None, None
 
 
 _summed.defvjp(_forward, _backward)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,7 +23,7 @@ def zeros(rngs: nnx.Rngs, **dims: int) -> nnx.Param:
     return nnx.Param(logical(nnx.initializers.zeros, *_axes(dims))(rngs.params(), tuple(dims.values())))
 
 
-def _axes(dims: Sequence[str] | dict[str, int]) -> list[str | None]:
+def _axes(dims: dict[str, int]) -> list[str | None]:
     return [None if name.startswith("_") else name for name in dims]
 
 

@@ -1,0 +1,165 @@
+"""Meshes, simulated devices, joining processes, hardware facts."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import shardtrain as st
+from shardtrain.mesh import AXES, CHIPS, chip_of, distributed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"tensor": 2, "data": 2, "fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}),
+        ({}, {"data": 8}),
+        ({"data": 2, "dcn": {"data": 2}, "tensor": 2}, {"slice": 2, "data": 2, "tensor": 2}),
+        ({"mine": 2, "data": 4}, {"data": 4, "mine": 2}),
+        ({"data": 8, "tensor": 1}, {"data": 8, "tensor": 1}),
+    ],
+)
+def test_sizes_and_order(sizes, expected):
+    """Failed once with axes in the order of the call."""
+    mesh = st.make_mesh(**sizes)
+    assert type(mesh) is jax.sharding.Mesh
+    assert list(mesh.shape.items()) == list(expected.items())
+    assert all(t == jax.sharding.AxisType.Auto for t in mesh.axis_types)
+    assert [d.id for d in mesh.devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"data": 3}, ["data=3", "3 positions", "8 devices", "cpu:3"]),
+        ({"data": 4, "tensor": 4}, ["16 positions", "8 devices", "tensor=2"]),
+        ({"data": -1, "fsdp": -1}, ["data, fsdp"]),
+        ({"data": -1, "tensor": 3}, ["8 devices", "3"]),
+        ({"data": 0}, ["0", "data"]),
+        ({"data": 2.0}, ["2.0"]),
+        ({"fsdp": 4, "dcn": {"fsdp": 2}}, ["fsdp", "slice=2"]),
+        ({"slice": 2, "data": 2, "dcn": {"data": 2}}, ["dcn", "slice"]),
+    ],
+)
+def test_wrong_sizes(sizes, words):
+    """Each reached JAX's own error once."""
+    with pytest.raises(st.MeshError) as caught:
+        st.make_mesh(**sizes)
+    assert all(word in str(caught.value) for word in [*words, "try: "]), str(caught.value)
+
+
+def test_some_devices():
+    """Failed once when the order given was lost."""
+    chosen = [jax.devices()[i] for i in (3, 1)]
+    assert list(st.make_mesh(devices=chosen, data=2).devices.flat) == chosen
+
+
+def run(code):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_simulated_devices():
+    """Works first; says why not when it is too late; is content when it is so already."""
+    code = """
+import jax, shardtrain as st
+st.simulate_devices(4); print(len(jax.devices()))
+st.simulate_devices(4)
+try: st.simulate_devices(8)
+except st.MeshError as error: print(error)
+"""
+    done = run(code)
+    assert done.stdout.startswith("4\n") and "already started with 4 cpu" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert "restart" in done.stdout
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    calls = []
+    for name in list(os.environ):
+        if name.startswith(
+            ("SLURM_", "OMPI_", "JAX_NUM", "JAX_COORD", "TPU_", "MEGASCALE", "JOB_", "CUDA_VIS")
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    return calls
+
+
+def test_one_process_does_nothing(joined):
+    """Failed once by calling initialize."""
+    assert "one process" in st.init_distributed() and not joined
+    assert "one process" in st.init_distributed("h:1", 1, 0) and not joined
+
+
+@pytest.mark.parametrize(
+    ("tasks", "local", "expected"), [("1", "0", list(range(8))), ("8(x2)", "3", [3]), ("4", "1", [2, 3])]
+)
+def test_gpus_are_divided(joined, monkeypatch, tasks, local, expected):
+    """One task per 8-GPU node sees all eight; JAX alone would see one."""
+    environment = {
+        "SLURM_NTASKS": "16", "SLURM_LOCALID": local, "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+    }  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "SLURM" in st.init_distributed()
+    assert joined[0][1]["local_device_ids"] == expected
+
+
+def test_explicit_and_environment(joined, monkeypatch):
+    """Failed once with the process id of the environment ignored."""
+    st.init_distributed("10.0.0.1:1234", 4, 2)
+    assert joined[0][0] == ("10.0.0.1:1234", 4, 2)
+    for name, value in {
+        "JAX_COORDINATOR_ADDRESS": "h:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    st.init_distributed()
+    assert joined[1][0] == ("h:1", 2, 1)
+
+
+@pytest.mark.parametrize("arguments", [(None, 2, 0), ("h:1", 2, 2), ("h:1", 2, None), ("host", 2, 0)])
+def test_incomplete_arguments(joined, arguments):
+    """Each hung or raised JAX's own error once."""
+    with pytest.raises(st.LaunchError, match="try: "):
+        st.init_distributed(*arguments)
+    assert not joined
+
+
+def test_gpus_that_do_not_divide(joined, monkeypatch):
+    """Failed once by giving the rest to nobody."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    with pytest.raises(st.LaunchError, match="3 GPUs"):
+        distributed.init_distributed()
+
+
+def test_hardware_facts():
+    """Every figure has a source and the size it should: a typing slip of 1000 fails."""
+    assert set(CHIPS) == {"v5e", "v5p", "v6e", "a100", "h100"}
+    for chip in CHIPS.values():
+        assert chip.source and 1e14 < chip.flops["bf16"] < 1e16
+        assert 10e9 < chip.hbm_bytes < 2e11 and 5e11 < chip.hbm_bandwidth < 1e13
+        assert chip.dcn_bandwidth < chip.ici_bandwidth < chip.hbm_bandwidth
+
+    class Device:
+        def __init__(self, kind):
+            self.device_kind = kind
+
+    names = {
+        "TPU v5 lite": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e",
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100",
+    }  # fmt: skip
+    assert {k: chip_of(Device(k)).name for k in names} == names
+    assert chip_of(jax.devices()[0]) is None
+    assert AXES == ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
