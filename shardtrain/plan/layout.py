@@ -116,15 +116,14 @@ def _check_replicated(leaves: Mapping[str, Leaf], rules: Rules, mesh: Mesh) -> N
             why=f"the largest, {biggest.path} {biggest.shape}, has logical axes {biggest.logical}",
             fix="logical axes: st.logical in the model or st.annotate by path; or rules.infer over fsdp",
         )
+    spread = [a for a in rules.params.get(ANY, ()) if mesh.shape.get(a, 1) > 1]
     for leaf in leaves.values():
         size = math.prod(leaf.shape)
-        large = size >= max(SMALL, total // 100)
-        if not large or not wanted or spec_axes(leaf.spec):
+        if size < max(SMALL, total // 100) or spec_axes(leaf.spec):
             continue
-        deliberate = leaf.logical is not None and ANY not in rules.params
-        if deliberate:
-            continue
-        axis = sorted(wanted)[0]
+        if not wanted or (leaf.logical is not None and not spread):
+            continue  # its logical axes say so
+        axis = (spread or sorted(wanted))[0]
         raise ShardingError(
             f"{bytes_text(size * 4)} would be replicated on all {mesh.size} devices although {mesh_text(mesh)} is there",
             where=leaf.path,

@@ -1,6 +1,7 @@
 """GPT and Llama as wholes: causality, scan, remat, dropout, dtypes, sizes, with and without a mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,17 @@ CONFIGS = {
 }
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 32)
 each_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+each_family = pytest.mark.parametrize("config", [CONFIGS["gpt"], CONFIGS["llama"]], ids=["gpt", "llama"])
 
 
-def build(config, seed=0):
-    return build_model(config, nnx.Rngs(seed))
+@functools.cache
+def parts(config):
+    return nnx.split(build_model(config, nnx.Rngs(0)))
+
+
+def build(config):
+    """A fresh module over the same parameters."""
+    return nnx.merge(*parts(config))
 
 
 def batch():
@@ -43,7 +51,7 @@ def batch():
 
 
 def loss_gradients(config, dropout_key):
-    graph, state = nnx.split(build(config))
+    graph, state = parts(config)
     rngs = lambda: nnx.Rngs(dropout=dropout_key)
     objective = lambda state: language_model_loss(nnx.merge(graph, state), batch(), rngs()).sum
     return jax.jit(jax.value_and_grad(objective))(state)
@@ -60,7 +68,7 @@ def test_causality(config):
 
     Failed once without the causal mask.
     """
-    graph, state = nnx.split(build(config))
+    graph, state = parts(config)
     tokens, t = jnp.arange(12)[None], 5
     probe = jnp.cos(jnp.arange(16.0))  # the norm makes the plain sum a constant
     part = lambda s: (nnx.merge(graph, s).hidden(tokens)[0, t] * probe).sum()
@@ -79,7 +87,7 @@ def test_the_loss_is_the_plain_one(config):
     assert loss.weight == 23
 
 
-@each_model
+@each_family
 def test_the_scan_is_a_loop_over_the_layers(config):
     """With dropout, each layer under its own key. Failed once with one key for all layers."""
     config = dataclasses.replace(config, dropout=0.2)
@@ -104,7 +112,7 @@ def test_layers_start_different():
     assert abs(build(CONFIGS["gpt"]).blocks.mlp.down_kernel[...].std() / (0.02 / 6**0.5) - 1) < 0.1
 
 
-@each_model
+@each_family
 def test_remat_changes_no_gradient(config):
     """Failed once with a policy whose replayed block had another dropout key."""
     config = dataclasses.replace(config, dropout=0.1)
@@ -116,42 +124,45 @@ def test_remat_changes_no_gradient(config):
         norm_close(gradients, reference, 1e-6)
 
 
-@each_model
+@each_family
 def test_dropout_goes_by_the_key_and_is_off_in_eval(config):
     """Failed once with a model that drew its own keys."""
     model = build(dataclasses.replace(config, dropout=0.3))
-    loss = lambda seed: language_model_loss(model, batch(), nnx.Rngs(dropout=seed)).sum
-    assert loss(0) == loss(0) and loss(0) != loss(1)
-    still = language_model_loss(model, batch(), None).sum
-    assert loss(0) != still
+
+    def losses():
+        seeds = (nnx.Rngs(dropout=0), nnx.Rngs(dropout=0), nnx.Rngs(dropout=1), None)
+        return [language_model_loss(model, batch(), rngs).sum for rngs in seeds]
+
+    first, again, other, off = jax.jit(losses)()
+    assert first == again and len({float(first), float(other), float(off)}) == 3
     model.eval()
-    np.testing.assert_allclose(loss(0), still, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda: losses())(), [off] * 4, rtol=1e-6)
 
 
-@each_model
+@each_family
 def test_runs_with_and_without_a_mesh(config):
     """Constructed and run under `jax.set_mesh`: the same numbers. Failed once with eager sharding left on."""
-    alone = build(config)(TOKENS)
+    alone = jax.jit(lambda: build(config)(TOKENS))()
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        model = build(config)
-        np.testing.assert_allclose(model(TOKENS), alone, atol=1e-5)
+        model = build_model(config, nnx.Rngs(0))
+        np.testing.assert_allclose(jax.jit(lambda: model(TOKENS))(), alone, atol=1e-5)
 
 
 @each_model
 def test_every_parameter_names_its_dims(config):
     """As many logical axes as dims, `layers` first in the stack. Failed once on an unnamed head."""
-    shapes = nnx.eval_shape(lambda: nnx.state(build(config), nnx.Param))
-    for path, leaf in shapes.flat_state():
+    shapes = nnx.eval_shape(lambda: nnx.state(build_model(config, nnx.Rngs(0)), nnx.Param))
+    for path, leaf in nnx.to_flat_state(shapes):
         names = leaf.get_metadata().get("out_sharding") or leaf.get_metadata().get("sharding_names")
         assert names is not None and len(names) == len(leaf.shape), path
         assert (names[0] == "layers") == (path[0] == "blocks"), path
 
 
-@each_model
+@each_family
 def test_activations_follow_the_parameters(config):
     """bfloat16 inside, float32 logits and loss, near the float32 ones. Failed once with a float32 norm output."""
-    graph, state = nnx.split(build(config))
+    graph, state = parts(config)
     model = nnx.merge(graph, jax.tree.map(lambda p: p.astype(jnp.bfloat16), state))
     assert model.hidden(TOKENS).dtype == jnp.bfloat16 and model(TOKENS).dtype == jnp.float32
     loss, exact = (language_model_loss(m, batch(), None).sum for m in (model, nnx.merge(graph, state)))
@@ -178,11 +189,13 @@ def test_published_parameter_counts(config, count):
 @pytest.mark.parametrize("config", [*CONFIGS.values(), gpt.TINY, llama.TINY])
 def test_flops_count_every_matrix_product_once(config):
     """6 per element of a kernel (a tied table is the head's), 12 L T width. Failed once without the head."""
-    shapes = nnx.eval_shape(lambda: nnx.state(build(config), nnx.Param))
+    shapes = nnx.eval_shape(lambda: nnx.state(build_model(config, nnx.Rngs(0)), nnx.Param))
     tied = getattr(config, "tied", False)
     names = ("kernel", "token_table") if tied else ("kernel",)
-    matrices = sum(np.prod(leaf.shape) for path, leaf in shapes.flat_state() if str(path[-1]).endswith(names))
-    model = nnx.eval_shape(lambda: build(config))
+    matrices = sum(
+        np.prod(leaf.shape) for path, leaf in nnx.to_flat_state(shapes) if str(path[-1]).endswith(names)
+    )
+    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
     assert model.flops_per_token(64) == 6 * matrices + 12 * config.layers * 64 * config.embed
 
 

@@ -326,3 +326,14 @@ def test_describe_is_json():
     found = json.loads(json.dumps(make().describe()))
     assert found["mesh"] == {"fsdp": 8} and found["groups"] == 8
     assert found["tree"]["params/up/kernel"] == {"shape": [64, 256], "dtype": "float32", "spec": "fsdp"}
+
+
+def test_named_leaves_may_be_whole():
+    """A table that no rule divides is whole under tensor alone, as its axes say. Failed once: it was refused."""
+    model = (
+        lambda key: {"w": jnp.ones((64, 64)), "positions": jnp.ones((128, 64))},
+        lambda p, x: x @ p["w"] + p["positions"][0],
+    )
+    axes = st.annotate({"w": ("embed", "mlp"), "positions": ("seq", "embed")})
+    plan = make(st.make_mesh(tensor=8), model=model, annotations=axes)
+    assert plan.leaves["positions"].spec == jax.sharding.PartitionSpec()
