@@ -18,6 +18,7 @@ from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import make_mesh
 from shardtrain.models import build_model, language_model_loss
+from shardtrain.plan.plan import Plan, plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ def build_mesh(config: RunConfig) -> Mesh:
 def build_text(config: RunConfig) -> Any:
     """The config's text, tokenised once and then read from its cache."""
     text = config.data
+    if (pathlib.Path(text.source) / "manifest.json").is_file():
+        return data_room.open_tokens(text.source)
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return data_room.prepare(
         text.source,
@@ -58,9 +61,9 @@ def build_text(config: RunConfig) -> Any:
     )
 
 
-def build(config: RunConfig) -> Pieces:
-    """Every piece, checked against the others before anything is compiled."""
-    mesh = build_mesh(config)
+def build(config: RunConfig, mesh: Mesh | None = None) -> Pieces:
+    """Every piece, checked against the others before anything is compiled. `mesh`: in place of the config's."""
+    mesh = build_mesh(config) if mesh is None else mesh
     schedule = learning_rate(config)
     if isinstance(config.model, Custom):
         factory, loss = load_name(config.model.model), load_name(config.model.loss)
@@ -98,6 +101,22 @@ def build(config: RunConfig) -> Pieces:
         loader = data_room.TokenLoader(text, split="train", **common)
         eval_loader = data_room.TokenLoader(text, split="eval", shuffle=False, **common)
     return Pieces(mesh, model, loss, optimizer(config, schedule), schedule, loader, eval_loader, text, flops)
+
+
+def make_plan(config: RunConfig, pieces: Pieces) -> Plan:
+    """The Plan of a config, without a run."""
+    return plan(
+        pieces.model,
+        pieces.loss,
+        pieces.optimizer,
+        batch=pieces.loader.batch_spec,
+        mesh=pieces.mesh,
+        rules=config.rules,
+        microbatches=config.microbatches,
+        groups=config.groups,
+        precision=config.precision,
+        learning_rate=pieces.learning_rate,
+    )
 
 
 def learning_rate(config: RunConfig) -> optax.Schedule:

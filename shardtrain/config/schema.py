@@ -74,7 +74,8 @@ class Dcn:
 class Text:
     """Text, tokenised once into a memory-mapped file.
 
-    `source`: `king_james` (ships with the library), or files: .txt, .txt.gz, .jsonl, .npy, .bin.
+    `source`: `king_james` (ships with the library), a file or pattern (.txt, .txt.gz, .jsonl, .npy, .bin), or a
+    folder that `shardtrain data prepare` wrote.
     `tokenizer`: `bpe:N` trains a byte-pair tokenizer of N entries on the text; or a tokenizer.json.
     `sequence`: tokens per row. `field`: of .jsonl. `cache`: folder of tokenised files.
     """

@@ -158,7 +158,7 @@ def write_report(
 <meta name="viewport" content="width=device-width"><style>
 :root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif }}
 body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-pre {{ overflow-x: auto; padding: 1rem; background: #8881; border-radius: 6px; font-size: 13px }}
+pre {{ overflow-x: auto; white-space: pre-wrap; padding: 1rem; background: #8881; border-radius: 6px; font-size: 13px }}
 th {{ text-align: left; font-weight: 500; padding-right: 1.5rem; vertical-align: top }} .bar {{ width: 24rem }}
 .bar div {{ background: #4878d0; height: .8rem; border-radius: 3px; min-width: 2px }} svg {{ width: 100%; height: auto }}
 </style><h1>{html.escape(title)}</h1>{curve}<table>{rows}</table>{bars}{blocks}</html>
