@@ -16,7 +16,12 @@ BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S)]
 def run(code: str, tmp_path: pathlib.Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -36,7 +41,9 @@ def test_the_smallest_example(sizes, tmp_path):
     """And the one-word changes under it. Failed once on tensor=8 without annotations."""
     code = next(b for b in BLOCKS if "(64, 64)" in b and "ArrayLoader" in b)
     assert f"st.make_mesh({sizes})" in README
-    out = run(code.replace("data=8", sizes) + "\nprint(run.history[0]['loss'] > run.history[-1]['loss'])", tmp_path)
+    out = run(
+        code.replace("data=8", sizes) + "\nprint(run.history[0]['loss'] > run.history[-1]['loss'])", tmp_path
+    )
     assert out.endswith("True\n")
 
 
@@ -78,5 +85,7 @@ def test_notebook_runs(notebook, tmp_path):
     finally:
         os.environ.update(saved)
     outputs = [o for cell in content.cells for o in cell.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2, "a picture of the sharding and a loss curve"
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2, (
+        "a picture of the sharding and a loss curve"
+    )
     nbformat.write(content, tmp_path / notebook.name)

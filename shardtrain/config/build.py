@@ -120,14 +120,11 @@ def make_plan(config: RunConfig, pieces: Pieces) -> Plan:
 
 
 def learning_rate(config: RunConfig) -> optax.Schedule:
-    """Warm-up from 0, then constant, cosine or linear to `final` of the peak at the last step."""
+    """Warm-up, then constant, cosine or linear to `final` of the peak at the last step.
+
+    A run that is shorter than its warm-up ends inside it.
+    """
     o = config.optimizer
-    if o.warmup >= config.steps and o.warmup:
-        raise ConfigError(
-            f"{o.warmup} steps of {config.steps}",
-            where="optimizer.warmup",
-            fix=f"--optimizer.warmup {config.steps // 10}",
-        )
     after = max(1, config.steps - o.warmup)
     if o.decay == "cosine":
         main = optax.cosine_decay_schedule(o.learning_rate, after, o.final)

@@ -218,6 +218,12 @@ def check(config: Any, where: str = "config") -> Any:
     for name, value in {"eval_every": config.eval_every, "checkpoint_every": config.checkpoint_every}.items():
         if value < 0:
             raise ConfigError(f"{value}", where=f"{where}: {name}", fix="0 for never, or a number of steps")
+    if config.optimizer.warmup < 0 or config.optimizer.clip < 0:
+        raise ConfigError(
+            f"warmup {config.optimizer.warmup}, clip {config.optimizer.clip}",
+            where=f"{where}: optimizer",
+            fix="0 for none, or more",
+        )
     if config.optimizer.learning_rate <= 0:
         raise ConfigError(
             f"{config.optimizer.learning_rate}",

@@ -104,13 +104,13 @@ def _parse(config: RunConfig, arguments: list[str]) -> RunConfig:
                 use_underscores=False,
             )
     except SystemExit as error:
-        text = re.sub(r"[╭╮╰╯│─]+", " ", re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()))
+        text = re.sub(r"[╭╮╰╯│─-]{2,}|[╭╮╰╯│─]", " ", re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()))
         lines = [" ".join(line.split()) for line in text.splitlines()]
         lines = [
             line for line in lines if line and not line.startswith(("Parsing error", "For full helptext"))
         ]
         raise ConfigError(
-            " ".join(lines[:3]) or "cannot be parsed", where="flags", fix="see `shardtrain config`"
+            " ".join(lines[:6]) or "cannot be parsed", where="flags", fix="see `shardtrain config`"
         ) from error
 
 

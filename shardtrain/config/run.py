@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 
-from shardtrain.config.build import Pieces, build
+from shardtrain.config.build import Pieces, build, make_plan
 from shardtrain.config.load import difference, from_json, load_config, to_json
 from shardtrain.config.schema import LAYOUT_FIELDS, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.models import LanguageModel, generate
 from shardtrain.monitor import WandbWriter, loss_svg, sparkline, write_report
-from shardtrain.plan.fit import Run, fit
+from shardtrain.plan.fit import Run, fit_plan
 
 FREE = (
     *LAYOUT_FIELDS,
@@ -52,6 +52,7 @@ def train(
     if old is not None:
         config = resume_config(old, config, path)
     pieces = build(config)
+    made = make_plan(config, pieces)  # refuses what cannot be, before anything is written
     if fresh and jax.process_index() == 0:
         _set_aside(path)
     _make(path)
@@ -71,18 +72,10 @@ def train(
             writers.append(
                 WandbWriter(config.monitor.wandb, _run_id(path), directory=path, config=to_json(config))
             )
-        run = fit(
-            pieces.model,
-            pieces.loss,
-            pieces.optimizer,
+        run = fit_plan(
+            made,
             pieces.loader,
-            mesh=pieces.mesh,
             steps=config.steps,
-            rules=config.rules,
-            microbatches=config.microbatches,
-            groups=config.groups,
-            precision=config.precision,
-            learning_rate=pieces.learning_rate,
             seed=config.seed,
             eval_data=pieces.eval_loader,
             eval_every=config.eval_every,

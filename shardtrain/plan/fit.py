@@ -118,6 +118,50 @@ def fit(
         trainable=trainable,
         learning_rate=learning_rate,
     )
+    return fit_plan(
+        made,
+        loader,
+        steps=steps,
+        seed=seed,
+        eval_data=eval_data,
+        eval_loss_fn=eval_loss_fn,
+        eval_every=eval_every,
+        eval_rows=eval_rows,
+        output=output,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        config=config,
+        writers=writers,
+        tensorboard=tensorboard,
+        hooks=hooks,
+        progress=progress,
+        flops_per_row=flops_per_row,
+        on_plan=on_plan,
+    )
+
+
+def fit_plan(
+    made: Plan,
+    loader: Any,
+    *,
+    steps: int,
+    seed: int = 0,
+    eval_data: Any = None,
+    eval_loss_fn: Callable[..., Any] | None = None,
+    eval_every: int = 0,
+    eval_rows: int = 0,
+    output: str | pathlib.Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    config: dict[str, Any] | None = None,
+    writers: Sequence[Any] = (),
+    tensorboard: bool = False,
+    hooks: Sequence[Any] = (),
+    progress: bool = True,
+    flops_per_row: float | None = None,
+    on_plan: Callable[[Plan, Any], None] | None = None,
+) -> Run:
+    """`fit` of a plan that is made already; its arguments as there."""
     path = None if output is None else pathlib.Path(output)
     with contextlib.ExitStack() as stack:
         checkpoints = None
@@ -140,7 +184,7 @@ def fit(
             stack.callback(writer.close)
         earlier = read_jsonl(path / "metrics.jsonl") if path is not None else []
         evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and first < steps else None
-        meter = Throughput(_flops(made, flops_per_row), _peak(mesh))
+        meter = Throughput(_flops(made, flops_per_row), _peak(made.mesh))
         rows = loader.for_rows(made.rows)
         batches = prefetch(rows.starting_at(state.rows_consumed()))
         stack.callback(getattr(batches, "close", lambda: None))

@@ -78,7 +78,7 @@ def test_grouped_queries_are_plain_heads_with_repeated_keys():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    """And positions matter, and lengths are kept. Failed once with a rotation by the inverse angle of `k`."""
+    """And positions matter, and lengths are kept. Failed once with one sign flipped."""
     q, k = (jax.random.normal(jax.random.key(i), (1, 5, 2, 8)) for i in (0, 1))
     score = lambda a, b: jnp.einsum(
         "bqhd,bkhd->bhqk", rotate(q, jnp.arange(5) + a, 1e4), rotate(k, jnp.arange(5) + b, 1e4)

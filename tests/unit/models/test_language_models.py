@@ -114,7 +114,7 @@ def test_layers_start_different():
 
 @each_family
 def test_remat_changes_no_gradient(config):
-    """Failed once with a policy whose replayed block had another dropout key."""
+    """Failed once with dropout that drew a key of its own."""
     config = dataclasses.replace(config, dropout=0.1)
     run = lambda policy: loss_gradients(dataclasses.replace(config, remat=policy), jax.random.key(1))
     (value, reference), others = run("none"), ("dots", "full", "qkv,mlp_up")
@@ -126,7 +126,7 @@ def test_remat_changes_no_gradient(config):
 
 @each_family
 def test_dropout_goes_by_the_key_and_is_off_in_eval(config):
-    """Failed once with a model that drew its own keys."""
+    """Failed once with dropout that drew a key of its own."""
     model = build(dataclasses.replace(config, dropout=0.3))
 
     def losses():

@@ -43,7 +43,7 @@ def test_greedy_is_the_full_forward_at_every_step(config):
 
 
 def test_choices_go_by_seed_temperature_and_top_k():
-    """Failed once with `top_k` after the division by an infinite temperature, and with a constant key."""
+    """Failed once with one key for all texts, and with a `top_k` of 1 ignored."""
     model = build(CONFIGS["gpt"])
     text = lambda **options: generate(model, [1, 2, 3], 16, **options).tolist()
     assert text(seed=1, temperature=2.0) == text(seed=1, temperature=2.0) != text(seed=2, temperature=2.0)
@@ -63,7 +63,7 @@ def test_nothing_follows_the_stop_token_but_itself():
 
 
 def test_one_program_for_many_texts():
-    """Other seeds, temperatures and weights compile nothing again. Failed once with a fresh `jit` per call."""
+    """Other seeds, temperatures and weights compile nothing again. Failed once with the seed in the program."""
     model = build(CONFIGS["gpt"])
     generate(model, [1, 2], 5, seed=0)
     before = _run._cache_size()
@@ -108,7 +108,7 @@ def plan_of(config, mesh, rules="fsdp_tensor", groups=None):
 def test_a_trained_model_on_a_mesh(config):
     """The model that a Plan gives back, its parameters over eight devices, writes what it writes on one.
 
-    Failed once with a cache of too few positions for the prompt.
+    Failed once with the prompt committed to one device.
     """
     config = dataclasses.replace(config, embed=128, vocab=512, mlp=256)
     meshes = (st.make_mesh(data=2, fsdp=2, tensor=2), st.make_mesh(data=1, devices=jax.devices()[:1]))
