@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=40, help="0 for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, help="default: the newest checkpoint")
-    parser.add_argument("--devices", default="cpu:1", help="auto, gpu, tpu or cpu:N; one of them is used")
+    parser.add_argument("--devices", default="auto", help="auto, gpu, tpu or cpu; one of them is used")
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:

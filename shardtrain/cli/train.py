@@ -31,7 +31,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     line = start_devices(config.devices)
     for note in [*notes, *([line] if line else [])]:
         shell.say(note)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    warnings = logging.StreamHandler(sys.stderr)
+    warnings.setLevel(logging.WARNING)  # the rest is in the run's log file
+    logging.basicConfig(handlers=[warnings], format="%(message)s")
 
     from shardtrain.config.run import train
 
