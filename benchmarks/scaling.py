@@ -47,7 +47,9 @@ def measure(sizes: dict[str, int], rows: int, steps: int) -> dict[str, Any]:
     )
     tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, SEQUENCE + 1))[plan.rows]
     ones = np.ones((len(plan.rows), SEQUENCE), np.float32)
-    batch = plan.put({"tokens": tokens[:, :-1].astype("i"), "targets": tokens[:, 1:].astype("i"), "weights": ones})
+    batch = plan.put(
+        {"tokens": tokens[:, :-1].astype("i"), "targets": tokens[:, 1:].astype("i"), "weights": ones}
+    )
     step, state = plan.compile(), plan.init(0)
     seconds, losses = [], []
     for _ in range(steps + 1):

@@ -28,7 +28,8 @@ _HOMES = {
     "shardtrain.parallel.groups": ("Loss",),
     "shardtrain.plan.fit": ("Run", "fit"),
     "shardtrain.plan.model": ("linen",),
-    "shardtrain.plan.plan": ("Plan", "batch_spec"),
+    "shardtrain.plan.given": ("batch_spec",),
+    "shardtrain.plan.plan": ("Plan",),
     "shardtrain.sharding": ("Rules", "annotate", "constrain", "logical"),
     "shardtrain.train.state": ("TrainState",),
 }

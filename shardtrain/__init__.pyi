@@ -12,13 +12,14 @@ from shardtrain.errors import ShardTrainError as ShardTrainError
 from shardtrain.mesh import init_distributed as init_distributed
 from shardtrain.mesh import make_mesh as make_mesh
 from shardtrain.mesh import simulate_devices as simulate_devices
+from shardtrain.parallel import presets
 from shardtrain.parallel.fsdp import gather as gather
 from shardtrain.parallel.groups import Loss as Loss
 from shardtrain.plan.fit import Run as Run
 from shardtrain.plan.fit import fit as fit
+from shardtrain.plan.given import batch_spec as batch_spec
 from shardtrain.plan.model import linen as linen
 from shardtrain.plan.plan import Plan as Plan
-from shardtrain.plan.plan import batch_spec as batch_spec
 from shardtrain.plan.plan import plan as plan
 from shardtrain.sharding import Rules as Rules
 from shardtrain.sharding import annotate as annotate
@@ -27,3 +28,4 @@ from shardtrain.sharding import logical as logical
 from shardtrain.train.state import TrainState as TrainState
 
 __version__: str
+rules = presets

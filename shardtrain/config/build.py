@@ -19,6 +19,7 @@ from shardtrain.errors import ConfigError
 from shardtrain.mesh import make_mesh
 from shardtrain.models import build_model, language_model_loss
 from shardtrain.plan.plan import Plan, plan
+from shardtrain.tree import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +159,4 @@ def optimizer(config: RunConfig, schedule: optax.Schedule) -> optax.GradientTran
 def decays(params: Any) -> Any:
     """True for the leaves that weight decay applies to: by name, since stacked vectors look like matrices."""
     names = ("kernel", "embedding", "table")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(getattr(path[-1], "key", "")) in names, params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(names), params)

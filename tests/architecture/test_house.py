@@ -110,7 +110,8 @@ def test_stub_and_package_agree():
         for node in stub.body
         if isinstance(node, ast.ImportFrom | ast.Import)
         for alias in node.names
-    }
+        if alias.asname
+    } | {target.id for node in stub.body if isinstance(node, ast.Assign) for target in node.targets}
     import shardtrain
 
     assert names == set(shardtrain.__all__) - {"__version__"}

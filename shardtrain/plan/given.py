@@ -1,0 +1,134 @@
+"""What a user gives to a Plan, checked before anything is compiled: batch, groups, loss."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from shardtrain.errors import ConfigError, DataError, ShardTrainError
+from shardtrain.parallel.groups import Loss, as_loss
+from shardtrain.parallel.remat import uses_remat
+from shardtrain.plan.model import FROZEN, VARIABLES, Model
+from shardtrain.sharding import Rules, context
+from shardtrain.tree import flatten
+
+
+def batch_spec(**fields: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch: `batch_spec(x=(256, 512), y=((256,), "int32"))`.
+
+    Args:
+        fields: name -> shape (float32), or (shape, dtype), or anything with `.shape` and `.dtype`.
+            The first dim of every field is the rows of the global batch.
+    """
+    result = {}
+    for name, value in fields.items():
+        if hasattr(value, "shape"):
+            result[name] = jax.ShapeDtypeStruct(tuple(value.shape), device_dtype(value.dtype))
+        elif len(value) == 2 and isinstance(value[0], tuple | list):
+            result[name] = jax.ShapeDtypeStruct(tuple(value[0]), jnp.dtype(value[1]))
+        else:
+            result[name] = jax.ShapeDtypeStruct(tuple(value), jnp.float32)
+    return result
+
+
+def device_dtype(dtype: Any) -> Any:
+    return jax.dtypes.canonicalize_dtype(
+        np.dtype(dtype) if not hasattr(dtype, "numpy") else str(dtype).split(".")[-1]
+    )
+
+
+def group_count(
+    batch: Any, mesh: Mesh, rules: Rules, microbatches: int, groups: int | None
+) -> tuple[int, int]:
+    named = flatten(batch)
+    if not named:
+        raise DataError("no fields", where="batch", fix="st.batch_spec(x=(rows, ...), ...)")
+    for name, leaf in named.items():
+        if not leaf.shape:
+            raise DataError("a scalar has no rows", where=f"batch field '{name}'", fix="one value per row")
+    sizes = {name: leaf.shape[0] for name, leaf in named.items()}
+    rows = next(iter(sizes.values()))
+    if len(set(sizes.values())) > 1:
+        raise DataError(
+            f"fields have different numbers of rows: {sizes}",
+            where="batch",
+            fix="the same first dim in every field",
+        )
+    axes = rules.batch_axes(mesh)
+    shards = math.prod(mesh.shape[a] for a in axes)
+    over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes) or "one batch shard"
+    if microbatches < 1:
+        raise ConfigError(f"{microbatches}", where="microbatches", fix="1 or more")
+    count = groups if groups is not None else shards * microbatches
+    if count < 1 or count % shards:
+        raise ConfigError(
+            f"{count} groups cannot be divided over {shards} batch shards ({over})",
+            where="groups",
+            why="a group is what one call of the loss sees, and is not split over devices",
+            fix=f"a mesh whose batch axes multiply to a divisor of {count}, with the rest on tensor",
+        )
+    if rows % count:
+        raise ConfigError(
+            f"{rows} rows are not divisible by {count} groups ({over}, {count // shards} microbatches)",
+            where="global batch",
+            fix=f"{-(-rows // count) * count} rows, or fewer microbatches or batch shards",
+        )
+    return rows, count
+
+
+def group_loss(model: Model, loss_fn: Callable[..., Any], rows: int, *, train: bool) -> Any:
+    """The user's loss on one group, as a pure function of arrays."""
+    arity = _arity(loss_fn)
+
+    def loss(params: Any, frozen: Any, variables: Any, key: jax.Array, batch: Any) -> tuple[Loss, Any]:
+        from flax import nnx
+
+        state = {FROZEN: frozen, VARIABLES: variables}
+        bound = model.bind(params, state, jax.random.fold_in(key, 0), train)
+        rngs = (nnx.Rngs(jax.random.fold_in(key, 1)),) if arity > 2 else ()
+        result = as_loss(loss_fn(bound, batch, *rngs), rows)
+        return result, model.variables(bound)
+
+    return loss
+
+
+def _arity(loss_fn: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):
+        return 3
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if count < 2:
+        raise ConfigError(f"takes {count} arguments", where="loss_fn", fix="loss_fn(model, batch, rngs)")
+    return count
+
+
+def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> tuple[frozenset[str], bool]:
+    """Trace the loss once on shapes alone: finds its mistakes early, which stacks it gathers itself, and
+    whether it recomputes anything itself."""
+    seen = context.Layout(mesh=None, activations=rules.activations)
+    with context.use(seen):
+        jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
+            params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
+        )
+    before, after = flatten(model_state.get(VARIABLES, {})), flatten(variables)
+    if {p: x.shape for p, x in before.items()} != {p: x.shape for p, x in after.items()}:
+        raise ShardTrainError(
+            "the loss changes the structure or shapes of the model's state",
+            where="loss_fn",
+            why=f"before: {sorted(before)[:6]}; after: {sorted(after)[:6]}",
+            fix="create every variable in the module's __init__ (or during linen init)",
+        )
+    taken = {"loss", "grad_norm", "param_norm", "tokens", "learning_rate"} & set(result.metrics)
+    if taken:
+        raise ConfigError(f"metric names are taken: {sorted(taken)}", where="loss_fn", fix="other names")
+    return frozenset(seen.gathered), uses_remat(jaxpr.jaxpr)
