@@ -19,6 +19,7 @@ def tiny() -> RunConfig:
         optimizer=Optimizer(learning_rate=3e-3, warmup=20),
         mesh=MeshSizes(data=2, fsdp=2, tensor=2),
         global_batch=32,
+        groups=8,  # so that any layout of eight devices can go on with the run
         steps=300,
         eval_every=100,
         checkpoint_every=100,

@@ -115,6 +115,13 @@ class Checkpointer:
         self.wait()
         state, self.restored = read_state(self.path, plan, step, parts, seed)
         self._plan = plan.describe()
+        groups = self.restored.get("groups"), self._plan.get("groups")
+        if None not in groups and groups[0] != groups[1]:
+            warnings.warn(
+                f"{self.path}: the run has {groups[0]} groups and this plan {groups[1]}, so dropout and batch "
+                f"statistics go on differently; st.plan(groups={groups[0]}) keeps them",
+                stacklevel=3,
+            )
         self._checked = False
         self._count = self._origin = self._begun = self._committed = None
         if parts is None:

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise CheckpointError(
             "no checkpoint here", where=str(folder), fix="train further, until one is written"
         )
-    made = make_plan(dataclasses.replace(config, rules="fsdp_tensor"), pieces)
+    made = make_plan(dataclasses.replace(config, rules="fsdp_tensor"), pieces, config.groups)
     parts = ["params", "step", *(["model_state"] if made.abstract_state.model_state else [])]
     state = checkpoint.restore(folder, made, options.step, parts=parts)
     model = made.model(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import make_mesh
 from shardtrain.models import build_model, language_model_loss
+from shardtrain.parallel.presets import PRESETS
 from shardtrain.plan.plan import Plan, plan
 from shardtrain.tree import path_name
 
@@ -104,8 +106,16 @@ def build(config: RunConfig, mesh: Mesh | None = None) -> Pieces:
     return Pieces(mesh, model, loss, optimizer(config, schedule), schedule, loader, eval_loader, text, flops)
 
 
-def make_plan(config: RunConfig, pieces: Pieces) -> Plan:
-    """The Plan of a config, without a run."""
+def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> Plan:
+    """The Plan of a config. `groups`: of the run that it goes on with; a new run decides here."""
+    microbatches = config.microbatches
+    if groups is not None:
+        microbatches = 1  # a group is not split: the run's groups say how many calls there are
+    elif config.groups is not None:
+        calls = math.prod(pieces.mesh.shape[a] for a in _batch_axes(config, pieces.mesh)) * max(
+            1, microbatches
+        )
+        groups = -(-config.groups // calls) * calls
     return plan(
         pieces.model,
         pieces.loss,
@@ -113,11 +123,16 @@ def make_plan(config: RunConfig, pieces: Pieces) -> Plan:
         batch=pieces.loader.batch_spec,
         mesh=pieces.mesh,
         rules=config.rules,
-        microbatches=config.microbatches,
-        groups=config.groups,
+        microbatches=microbatches,
+        groups=groups,
         precision=config.precision,
         learning_rate=pieces.learning_rate,
     )
+
+
+def _batch_axes(config: RunConfig, mesh: Mesh) -> tuple[str, ...]:
+    rules = PRESETS.get(config.rules)
+    return () if rules is None else rules.batch_axes(mesh)  # an unknown name is refused by the plan
 
 
 def learning_rate(config: RunConfig) -> optax.Schedule:

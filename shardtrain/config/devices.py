@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
+import os
 import re
 
 from shardtrain.errors import ConfigError
@@ -29,8 +31,14 @@ def start_devices(name: str) -> str:
     if simulated:
         if not 1 <= int(simulated.group(1)) <= 512:
             raise ConfigError(f"{simulated.group(1)} simulated devices", where="devices", fix="1 to 512")
-        simulate_devices(int(simulated.group(1)))
-        init_distributed()
+        count = int(simulated.group(1))
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            with contextlib.suppress(RuntimeError):  # started already: simulate_devices says so
+                jax.config.update("jax_platforms", "cpu")
+                jax.config.update("jax_num_cpu_devices", count)
+        init_distributed()  # before anything starts the backend
+        if jax.process_count() == 1:
+            simulate_devices(count)
         found = accelerator()
         return f"{found} is here and not used: --devices {found} uses it" if found else ""
     if name != "auto":

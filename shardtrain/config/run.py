@@ -52,7 +52,9 @@ def train(
     if old is not None:
         config = resume_config(old, config, path)
     pieces = build(config)
-    made = make_plan(config, pieces)  # refuses what cannot be, before anything is written
+    made = make_plan(
+        config, pieces, None if old is None else old.groups
+    )  # refuses what cannot be, before anything is written
     if fresh and jax.process_index() == 0:
         _set_aside(path)
     _make(path)
@@ -64,7 +66,7 @@ def train(
             memory = step.memory()
             started.update(plan=str(made), memory=memory, collectives=str(step.collectives()))
             say(f"{made}\n\n{memory}\n")
-            if old is None or old.groups is None:
+            if old is None:
                 _write_config(path, dataclasses.replace(config, groups=made.groups))
 
         writers = []
@@ -99,7 +101,7 @@ def train(
 
 
 def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConfig:
-    """The new config with the old run's groups, if both train the same thing.
+    """The new config with the old run's groups, if both train the same thing (`--groups` counts at the start only).
 
     Raises:
         ConfigError: they differ in what is trained, with the differences.
@@ -115,13 +117,6 @@ def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConf
             where=str(path),
             why=lines + (f"; and {len(changed) - 6} more" if len(changed) > 6 else ""),
             fix="another --output, or --fresh to move the old run aside",
-        )
-    if new.groups is not None and old.groups is not None and new.groups != old.groups:
-        raise ConfigError(
-            f"the run has {old.groups} groups, {new.groups} were asked for",
-            where=str(path),
-            why="groups decide what one call of the loss sees",
-            fix=f"--groups {old.groups}, or another --output",
         )
     return dataclasses.replace(new, groups=old.groups)
 

@@ -36,8 +36,12 @@ class _Loader:
         other.rows = np.asarray(rows)
         return other
 
-    def starting_at(self, cursor: int) -> Iterator[Batch]:
-        """Batches from row `cursor` of the run on, without end. Seeking costs nothing."""
+    def starting_at(self, cursor: Any) -> Iterator[Batch]:
+        """Batches from row `cursor` of the run on, without end. Seeking costs nothing.
+
+        `cursor`: a number of rows, or `state.cursor`.
+        """
+        cursor = row_of(cursor)
         rows = np.arange(self.global_batch) if self.rows is None else self.rows
         while True:
             yield _stack([self.sample(cursor + int(row)) for row in rows])
@@ -45,6 +49,12 @@ class _Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.starting_at(0)
+
+
+def row_of(cursor: Any) -> int:
+    """A cursor as a number: itself, or the high and low words that a state keeps."""
+    words = np.asarray(jax.device_get(cursor)).ravel().tolist()
+    return int(words[0]) if len(words) == 1 else (int(words[0]) << 32) + int(words[1])
 
 
 def _stack(samples: list[Batch]) -> Batch:
@@ -202,9 +212,9 @@ class IterableLoader:
         """Itself: each process's iterable gives that process's rows already."""
         return self
 
-    def starting_at(self, cursor: int) -> Iterator[Batch]:
-        """Batches after the first `cursor` rows."""
-        skip = cursor // self.global_batch
+    def starting_at(self, cursor: Any) -> Iterator[Batch]:
+        """Batches after the first `cursor` rows (a number, or `state.cursor`)."""
+        skip = row_of(cursor) // self.global_batch
         for index, batch in enumerate(self._all()):
             if index >= skip:
                 yield batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import os
 import pathlib
@@ -12,18 +13,20 @@ from typing import Any
 from shardtrain.tree import bytes_text
 
 Points = Sequence[tuple[float, float]]
+MOST = 1000  # points of a drawn line; more than pixels only makes the file large
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #555 } .title { font-size: 15px; fill: #222 }
-  .grid { stroke: #8884; stroke-width: 1 } .train { stroke: #4878d0; opacity: .45 } .smooth { stroke: #4878d0; stroke-width: 2 }
+  .grid { stroke: #8884; stroke-width: 1 } .axis { stroke: #888; stroke-width: 1 }
+  .train { stroke: #4878d0; opacity: .45 } .smooth { stroke: #4878d0; stroke-width: 2 }
   .eval { stroke: #d65f5f; stroke-width: 2 } .dot { fill: #d65f5f } .level { stroke: #888; stroke-dasharray: 5 4 }
   @media (prefers-color-scheme: dark) { text { fill: #aaa } .title { fill: #eee } }
 """
 
 
-def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """The values as one line of block characters."""
-    finite = [v for v in values if math.isfinite(v)]
+def sparkline(values: Sequence[float | None], width: int = 60) -> str:
+    """The values as one line of block characters; those that are no number are left out."""
+    finite = [v for v in values if v is not None and math.isfinite(v)]
     if not finite:
         return ""
     step = max(1.0, len(finite) / width)
@@ -34,19 +37,23 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def loss_svg(
-    train: Points, evaluation: Points = (), *, levels: Mapping[str, float] | None = None, title: str = "loss"
+    train: Sequence[tuple[float, float | None]],
+    evaluation: Sequence[tuple[float, float | None]] = (),
+    *,
+    levels: Mapping[str, float] | None = None,
+    title: str = "loss",
 ) -> str:
-    """A loss curve as an SVG document.
+    """A loss curve as an SVG document, readable on light and dark ground.
 
     Args:
-        train, evaluation: (step, loss). The training curve is drawn faint, with a running mean over it.
+        train, evaluation: (step, loss in nats); points without a number are left out. The training
+            curve is drawn faint, with a running mean over it.
         levels: name -> a horizontal line.
     """
     width, height, left, right, top, bottom = 760, 400, 62, 16, 56, 46
-    train = [(x, y) for x, y in train if math.isfinite(y)]
-    evaluation = [(x, y) for x, y in evaluation if math.isfinite(y)]
+    trained, evaluated = _finite(train), _finite(evaluation)
     levels = {k: v for k, v in (levels or {}).items() if math.isfinite(v)}
-    points = [*train, *evaluation]
+    points = [*trained, *evaluated]
     if not points:
         points = [(0.0, 0.0), (1.0, 1.0)]
     x_max = max(max(x for x, _ in points), 1.0)
@@ -82,21 +89,26 @@ def loss_svg(
         f'<text x="14" y="{(top + height - bottom) / 2}" text-anchor="middle" '
         f'transform="rotate(-90 14 {(top + height - bottom) / 2})">nats</text>'
     )
+    floor = height - bottom
+    parts.append(
+        f'<polyline class="axis" fill="none" points="{left},{top} {left},{floor} {width - right},{floor}"/>'
+    )
     for name, level in levels.items():
         _, py = place(0, level)
         parts.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>')
         parts.append(
             f'<text x="{width - right}" y="{py - 5:.1f}" text-anchor="end">{html.escape(name)} {level:.3f}</text>'
         )
-    if train:
-        parts += [line(train, "train"), line(_running_mean(train), "smooth")]
-    if evaluation:
-        parts.append(line(evaluation, "eval"))
-        for x, y in evaluation:
+    if trained:
+        parts += [line(_thin(trained), "train"), line(_thin(_running_mean(trained)), "smooth")]
+    if evaluated:
+        evaluated = _thin(evaluated)
+        parts.append(line(evaluated, "eval"))
+        for x, y in evaluated:
             px, py = place(x, y)
             parts.append(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="3"/>')
-    legend = [("smooth", f"training {train[-1][1]:.3f}")] if train else []
-    legend += [("eval", f"held out {evaluation[-1][1]:.3f}")] if evaluation else []
+    legend = [("smooth", f"training {trained[-1][1]:.3f}")] if trained else []
+    legend += [("eval", f"held out {evaluated[-1][1]:.3f}")] if evaluated else []
     for index, (kind, name) in enumerate(legend):
         x = left + 150 * index
         parts.append(
@@ -105,12 +117,31 @@ def loss_svg(
     return "\n".join([*parts, "</svg>\n"])
 
 
+def _finite(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+
+
+def _thin(points: Points) -> list[tuple[float, float]]:
+    """At most about `MOST` points, with the lowest and the highest of each stretch: no spike is lost."""
+    size = -(-len(points) // (MOST // 2))
+    if len(points) <= MOST:
+        return list(points)
+    kept = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return [*kept, points[-1]] if kept[-1] != points[-1] else kept
+
+
 def _running_mean(points: Points) -> list[tuple[float, float]]:
-    window = max(1, len(points) // 20)
-    result, total = [], 0.0
-    for index, (x, y) in enumerate(points):
-        total += y - (points[index - window][1] if index >= window else 0.0)
-        result.append((x, total / min(index + 1, window)))
+    """Centred, and narrower towards both ends: a mean of the past would lag behind a falling loss."""
+    sums = list(itertools.accumulate((y for _, y in points), initial=0.0))
+    half = len(points) // 40
+    result = []
+    for index, (x, _) in enumerate(points):
+        near = min(half, index, len(points) - 1 - index)
+        result.append((x, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
     return result
 
 
@@ -150,7 +181,7 @@ def write_report(
         )
         bars += "</table>"
     blocks = "".join(
-        f"<h2>{name}</h2><pre>{html.escape(text)}</pre>"
+        f"<h2>{name}</h2><pre{' class="text"' if name == 'Sample' else ''}>{html.escape(text)}</pre>"
         for name, text in (("Sample", sample), ("Layout", layout), ("Collectives", collectives))
         if text
     )
@@ -158,8 +189,9 @@ def write_report(
 <meta name="viewport" content="width=device-width"><style>
 :root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif }}
 body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-pre {{ overflow-x: auto; white-space: pre-wrap; padding: 1rem; background: #8881; border-radius: 6px; font-size: 13px }}
+pre {{ overflow-x: auto; padding: 1rem; background: #8881; border-radius: 6px; font-size: 13px }}
 th {{ text-align: left; font-weight: 500; padding-right: 1.5rem; vertical-align: top }} .bar {{ width: 24rem }}
+.text {{ white-space: pre-wrap }}
 .bar div {{ background: #4878d0; height: .8rem; border-radius: 3px; min-width: 2px }} svg {{ width: 100%; height: auto }}
 </style><h1>{html.escape(title)}</h1>{curve}<table>{rows}</table>{bars}{blocks}</html>
 """

@@ -11,6 +11,8 @@ from collections.abc import Callable
 class Throughput:
     """Fed the time of each step; answers with medians, so that one slow step does not matter.
 
+    The first step, which may compile, does not count once there is a second.
+
     Args:
         flops_per_step: training FLOPs of a global batch, or None.
         peak: FLOP/s of all devices together, or None where it is not known (CPUs): then there is no MFU.
@@ -24,6 +26,7 @@ class Throughput:
         self._seconds: collections.deque[float] = collections.deque(maxlen=64)
         self._tokens: collections.deque[float] = collections.deque(maxlen=64)
         self._last: float | None = None
+        self._steps = 0
 
     def start(self) -> None:
         """From here on; called again after a pause (evaluation, a save) so that it does not count."""
@@ -34,6 +37,10 @@ class Throughput:
         now = self.clock()
         seconds = now - self._last if self._last is not None else 0.0
         self._last = now
+        self._steps += 1
+        if self._steps == 2:
+            self._seconds.clear()
+            self._tokens.clear()
         self._seconds.append(seconds)
         self._tokens.append(tokens)
         return seconds
@@ -55,3 +62,8 @@ class Throughput:
         if not self.flops_per_step or not self.peak or not self.step_seconds:
             return None
         return self.flops_per_step / self.step_seconds / self.peak
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Estimated seconds for `steps` more steps; evaluations and saves come on top."""
+        seconds = self.step_seconds
+        return None if seconds is None else seconds * steps

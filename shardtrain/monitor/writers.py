@@ -24,19 +24,24 @@ class Writer(Protocol):
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The whole objects of a metrics file; a last line that a crash cut off is left out."""
+    """The whole objects of a metrics file; a line that a crash cut off is left out."""
     file = pathlib.Path(path)
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_bytes().split(b"\n") if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:  # not JSON, or not even UTF-8
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
 class JsonlWriter:
-    """One JSON object a line: `step`, then the metrics; evaluations have `eval_` before each name."""
+    """One JSON object a line: `step`, then the metrics; evaluations have `eval_` before each name.
+
+    NaN and infinities become null: other readers of JSON know no such numbers. Every line is flushed.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
@@ -44,22 +49,39 @@ class JsonlWriter:
 
     def write(self, step: int, metrics: Mapping[str, float], kind: str = "train") -> None:
         if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab+")
+            if self._file.tell() and not self._ends_a_line():
+                self._file.write(b"\n")  # a crash cut the last line off; ours must not continue it
         prefix = "" if kind == "train" else f"{kind}_"
-        row = {"step": step, **{prefix + k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        self._file.write(json.dumps(row) + "\n")
+        row = {"step": step, **{prefix + name: _number(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
+    def _ends_a_line(self) -> bool:
+        self._file.seek(-1, os.SEEK_END)
+        return bool(self._file.read(1) == b"\n")
+
     def resume(self, step: int) -> None:
+        self.close()  # the file is about to be another one
+        if not self.path.exists():
+            return
         rows = [row for row in read_jsonl(self.path) if row.get("step", 0) <= step]
-        work = self.path.with_suffix(".tmp")
-        work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        work.replace(self.path)
+        work = self.path.with_name(f".{self.path.name}.tmp")
+        with work.open("wb") as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(self.path)  # whole, or not at all
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _number(value: float) -> float | int | None:
+    value = value if isinstance(value, int) else float(value)
+    return value if math.isfinite(value) else None
 
 
 class TensorBoardWriter:
@@ -74,11 +96,18 @@ class TensorBoardWriter:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(self.path, purge_step=self._purge)
+            # the suffix: two starts within a second would write the same file, and readers go by name
+            self._writer = SummaryWriter(
+                self.path,
+                purge_step=self._purge,
+                flush_secs=10,
+                filename_suffix=f".{self._purge or 0:012}",
+            )
         for name, value in metrics.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def resume(self, step: int) -> None:
+        self.close()
         self._purge = step + 1
 
     def close(self) -> None:
@@ -111,7 +140,7 @@ class WandbWriter:
         self._run.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
 
     def resume(self, step: int) -> None:
-        """W&B keeps the later steps of the old run; new ones with the same number are dropped by its server."""
+        """W&B cannot forget: it keeps the steps logged after `step`, and drops new ones with those numbers."""
 
     def close(self) -> None:
         self._run.finish()

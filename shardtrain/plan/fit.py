@@ -13,7 +13,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from shardtrain.checkpoint import Checkpointer
+from shardtrain.checkpoint import Checkpointer, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
 from shardtrain.mesh import chip_of
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
@@ -104,6 +104,9 @@ def fit(
         What `st.plan` and `st.Checkpointer` raise; RunError when the loss is not finite.
     """
     loader = as_loader(data)
+    if groups is None and output is not None:
+        groups = _saved_groups(pathlib.Path(output) / "checkpoints")
+        microbatches = 1 if groups else microbatches
     made = plan(
         model,
         loss_fn,
@@ -225,6 +228,12 @@ def fit_plan(
         tokens_per_second=meter.tokens_per_second,
         mfu=meter.mfu,
     )
+
+
+def _saved_groups(path: pathlib.Path) -> int | None:
+    """The groups of the run that is in the folder: they belong to it, not to the mesh."""
+    steps = [s["step"] for s in list_steps(path) if s["committed"]] if path.is_dir() else []
+    return inspect(path, max(steps)).get("groups") if steps else None
 
 
 def _eval_batches(eval_data: Any, limit: int, made: Plan) -> Any:

@@ -67,6 +67,13 @@ def group_count(
     if microbatches < 1:
         raise ConfigError(f"{microbatches}", where="microbatches", fix="1 or more")
     count = groups if groups is not None else shards * microbatches
+    if microbatches > 1 and shards * microbatches > count:
+        raise ConfigError(
+            f"{microbatches} on {shards} batch shards ({over}) are more calls than the {count} groups",
+            where="microbatches",
+            why="a group is what one call of the loss sees, and is not split",
+            fix=f"microbatches={max(1, count // shards)}, or groups={shards * microbatches} for a new run",
+        )
     if count < 1 or count % shards:
         raise ConfigError(
             f"{count} groups cannot be divided over {shards} batch shards ({over})",

@@ -61,8 +61,8 @@ def plan(
         mesh: see `make_mesh`.
         rules: see `st.rules`; a name or a value.
         microbatches: how many groups each device takes one after the other; a lever on memory.
-        groups: number of groups G; default: batch shards x microbatches. With it given, a device
-            takes G / shards groups, whatever `microbatches` says.
+        groups: number of groups G; default: batch shards x microbatches. A device takes G / shards
+            groups, one after the other, so G may be more than `microbatches` asks for, never less.
         precision: "f32", or "bf16": parameters are float32 and cast to bfloat16 for the loss.
         wire_dtype: of gathered weights; default: the compute dtype, float32 on CPU.
         reduce_dtype: of the reduction of gradients.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shardtrain.errors import ConfigError
+
 
 class Hook:
     """Override what you need. Metrics are plain numbers, one step late, so that nothing waits for the device.
@@ -34,5 +36,18 @@ class _Function(Hook):
 
 
 def as_hook(hook: Any) -> Hook:
-    """A `Hook` from itself or from a function `(step, metrics)`."""
-    return hook if isinstance(hook, Hook) else _Function(hook)
+    """A `Hook` from itself or from a function `(step, metrics)`.
+
+    Raises:
+        ConfigError: it is neither; a class instead of an object of it, say.
+    """
+    if isinstance(hook, Hook):
+        return hook
+    if isinstance(hook, type) or not callable(hook):
+        name = hook.__name__ if isinstance(hook, type) else type(hook).__name__
+        raise ConfigError(
+            f"{name} is no hook",
+            where="hooks",
+            fix=f"{name}()" if isinstance(hook, type) else "a Hook, or a function (step, metrics)",
+        )
+    return _Function(hook)

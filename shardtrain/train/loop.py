@@ -26,7 +26,12 @@ AHEAD = 2  # batches on the device beyond the one in use
 class Checkpoints(Protocol):
     """What the loop asks of a checkpointer."""
 
+    every: int | None
+
     def save(self, state: Any, *, step: int | None = None, force: bool = False) -> bool: ...
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
 
     @property
     def preempted(self) -> bool: ...
@@ -45,11 +50,20 @@ class Meter(Protocol):
     @property
     def mfu(self) -> float | None: ...
 
+    def seconds_left(self, steps: int) -> float | None: ...
+
 
 class Display(Protocol):
     """What the loop asks of a progress bar."""
 
-    def update(self, step: int, loss: float, tokens_per_second: float | None, mfu: float | None) -> None: ...
+    def update(
+        self,
+        step: int,
+        loss: float,
+        tokens_per_second: float | None,
+        mfu: float | None,
+        seconds_left: float | None = None,
+    ) -> None: ...
 
     def say(self, line: str) -> None: ...
 
@@ -82,6 +96,7 @@ def run_loop(
     eval_batches: Callable[[], Iterable[Any]] | None = None,
     eval_every: int = 0,
     last_evaluated: int = -1,
+    on_nonfinite: Literal["stop", "continue"] = "stop",
 ) -> LoopResult:
     """Train from `first_step` to `steps`.
 
@@ -93,12 +108,18 @@ def run_loop(
         evaluate, eval_batches: `(state, device batch) -> {"loss_sum", "loss_weight", ...}` on devices, and
             the held-out rows; every `eval_every` steps and at the end.
         last_evaluated: step of an evaluation that a resumed run has already.
+        on_nonfinite: "continue" leaves a loss that is no number to the hooks, and saves what there is.
 
     The first Ctrl-C or SIGTERM ends the step under way, saves and returns; a second one during the
-    save is ignored with a line; a third leaves at once.
+    save is ignored with a line; a third leaves at once. On several processes the wish of one is
+    agreed by all through the checkpointer; without one, signals do what they always do.
+
+    Nothing crosses between host and device but through `put` and `jax.device_get`: it runs under
+    `jax.transfer_guard("disallow")`.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss or the parameters are not finite. Such a state is not saved, except by a
+            preemption that several processes agreed on at that very step.
     """
     result = LoopResult(state, first_step, "done", [], [])
     waiting: deque[Any] = deque()  # batches put ahead
@@ -123,17 +144,12 @@ def run_loop(
         result.history.append({"step": number, **metrics})
         for writer in writers:
             writer.write(number, metrics)
-        display.update(number, metrics["loss"], meter.tokens_per_second, meter.mfu)
+        left = meter.seconds_left(steps - number)
+        display.update(number, metrics["loss"], meter.tokens_per_second, meter.mfu, left)
         for hook in hooks:
             hook.on_step(number, metrics)
-        if not math.isfinite(metrics["loss"]):
-            last = next((h["loss"] for h in reversed(result.history) if math.isfinite(h["loss"])), None)
-            raise RunError(
-                f"the loss is {metrics['loss']}",
-                where=f"step {number}",
-                why=f"last finite loss: {last}; gradient norm {metrics.get('grad_norm')}",
-                fix="a lower learning rate, clipping, or --precision f32; the last checkpoint is kept",
-            )
+        if on_nonfinite == "stop":
+            _require_finite(number, metrics, result.history)
 
     def evaluation(number: int) -> None:
         read()
@@ -144,9 +160,13 @@ def run_loop(
         ):
             return
         totals: dict[str, Any] | None = None
+        running: deque[Any] = deque()  # sums not waited for: batches must not pile up on the device
         for batch in eval_batches():
-            sums = evaluate(result.state, put(batch))
-            totals = dict(sums) if totals is None else jax.tree.map(_add, totals, dict(sums))
+            sums = dict(evaluate(result.state, put(batch)))
+            totals = sums if totals is None else jax.tree.map(_add, totals, sums)
+            running.append(sums)
+            if len(running) > AHEAD:
+                jax.block_until_ready(running.popleft())
         if totals is None:
             return
         values = {name: float(value) for name, value in jax.device_get(totals).items()}
@@ -163,8 +183,13 @@ def run_loop(
     def save(number: int, force: bool = False) -> None:
         if checkpoints is None:
             return
+        if force or signals.alone or (checkpoints.every and number % checkpoints.every == 0):
+            read()  # a save waits for this step anyway; one that gave no number must not be kept
         try:
-            checkpoints.save(result.state, step=number, force=force)
+            if checkpoints.save(result.state, step=number, force=force):
+                meter.start()
+            if force:
+                checkpoints.wait()  # here, where a second Ctrl-C cannot cut it
         except CheckpointError as error:
             if force:
                 raise
@@ -172,7 +197,7 @@ def run_loop(
             display.say(f"step {number}: not saved: {error}")
 
     taken = 0
-    with _Signals(display.say) as signals:
+    with _Signals(display.say, agreed=checkpoints is not None) as signals:
         for hook in hooks:
             hook.on_start(first_step, state)
         meter.start()
@@ -190,7 +215,8 @@ def run_loop(
             due = eval_every and number % eval_every == 0 and number != last_evaluated
             if due and number < steps:
                 evaluation(number)
-            if signals.caught or (checkpoints is not None and checkpoints.preempted):
+            agreed = checkpoints is not None and checkpoints.preempted  # all processes ask at every step
+            if agreed or signals.alone:
                 result.stopped = "interrupted" if signals.caught == signal.SIGINT else "preempted"
                 break
         read()
@@ -208,19 +234,48 @@ def _add(a: jax.Array, b: jax.Array) -> jax.Array:
     return a + b
 
 
-class _Signals(contextlib.AbstractContextManager["_Signals"]):
-    """Ctrl-C and SIGTERM become a wish, in the main thread; old handlers come back on leaving."""
+def _require_finite(
+    number: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]
+) -> None:
+    bad = [name for name in ("loss", "param_norm") if not math.isfinite(metrics.get(name, 0.0))]
+    if not bad:
+        return
+    last = next((h for h in reversed(history) if math.isfinite(h["loss"])), None)
+    before = f"{last['loss']:.4f} at step {last['step']}" if last else "none"
+    raise RunError(
+        f"the {'loss' if bad[0] == 'loss' else 'norm of the parameters'} is {metrics[bad[0]]}",
+        where=f"step {number}",
+        why=f"last finite loss: {before}; gradient norm {metrics.get('grad_norm')}",
+        fix="a lower learning rate, clipping, or --precision f32; checkpoints from before are kept",
+    )
 
-    def __init__(self, say: Callable[[str], None]):
+
+class _Signals(contextlib.AbstractContextManager["_Signals"]):
+    """Ctrl-C and SIGTERM become a wish, in the main thread; old handlers come back on leaving.
+
+    On several processes JAX's own notifier has SIGTERM, and all of them stop after one step: there a
+    Ctrl-C is passed on as SIGTERM. Leaving alone would hang the others in their next collective.
+
+    Args:
+        agreed: somebody asks JAX's notifier. On several processes nothing is caught without.
+    """
+
+    def __init__(self, say: Callable[[str], None], *, agreed: bool):
         self.caught = 0
         self._count = 0
         self._say = say
+        self._agreed = agreed
+        self._single = jax.process_count() == 1
         self._old: dict[int, Any] = {}
 
+    @property
+    def alone(self) -> bool:
+        """This process was asked, and no other has to agree."""
+        return bool(self.caught) and self._single
+
     def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            names = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-            for number in names:  # on several processes JAX's own notifier has SIGTERM
+        if threading.current_thread() is threading.main_thread() and (self._single or self._agreed):
+            for number in [signal.SIGINT, signal.SIGTERM] if self._single else [signal.SIGINT]:
                 self._old[number] = signal.signal(number, self._catch)
         return self
 
@@ -228,12 +283,20 @@ class _Signals(contextlib.AbstractContextManager["_Signals"]):
         self._count += 1
         self.caught = self.caught or number
         if self._count == 1:
-            self._say(f"{signal.Signals(number).name}: finishing the step, saving, leaving")
+            if not self._single:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self._tell(f"{signal.Signals(number).name}: finishing the step, saving, leaving")
         elif self._count == 2:
-            self._say("still saving; once more leaves at once and may lose the save")
+            self._tell("still finishing or saving; once more leaves at once and may lose the save")
         else:
             os._exit(128 + number)
 
+    def _tell(self, line: str) -> None:
+        # the signal may have come in the middle of a write to the same stream
+        with contextlib.suppress(RuntimeError):
+            self._say(line)
+
     def __exit__(self, *_: object) -> None:
         for number, old in self._old.items():
-            signal.signal(number, old)
+            # None: it was set by C code, and Python cannot put it back
+            signal.signal(number, signal.SIG_DFL if old is None else old)

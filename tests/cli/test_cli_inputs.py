@@ -26,7 +26,7 @@ CASES = {
     "heads do not divide embed": (["--model.heads", "5"], ["embed = 32", "heads = 5"]),
     "batch not divisible": (["--global-batch", "18"], ["18 rows", "4 groups"]),
     "no rows": (["--global-batch", "0"], ["global_batch", "1 or more"]),
-    "groups not divisible": (["--groups", "6"], ["6 groups", "4 batch shards"]),
+    "too many groups": (["--groups", "64"], ["16 rows", "64 groups"]),
     "mistyped field": (["--optimizer.lerning-rate", "1"], ["optimizer.learning_rate"]),
     "wrong type": (["--steps", "many"], ["steps", "many"]),
     "wrong choice": (["--optimizer.name", "adam"], ["adam", "adamw"]),

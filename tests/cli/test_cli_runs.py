@@ -72,6 +72,22 @@ def test_resume_on_another_mesh(trained, config, tmp_path, shardtrain):
         assert resumed[step] == pytest.approx(loss, rel=1e-5), step
 
 
+def test_groups_are_rounded_up_and_kept(config, tmp_path, shardtrain, as_json):
+    """At least `groups`, a multiple of shards x microbatches, then kept. Failed once: --microbatches was ignored."""
+    flags = ["--steps", "1", "--eval-every", "0", "--groups", "6"]
+    assert as_json("train", config, *flags)[1]["groups"] == 8
+    assert (
+        as_json("train", config, *flags, "--output", tmp_path / "m", "--microbatches", "4")[1]["groups"] == 16
+    )
+    code, found = as_json(
+        "train", config, *flags, "--steps", "2", "--mesh.data", "8", "--optimizer.decay", "constant"
+    )
+    assert code == 2  # another schedule
+    for mesh in (["--mesh.data", "8"], ["--mesh.tensor", "4", "--mesh.fsdp", "2"]):
+        code, found = as_json("train", config, *flags, *mesh)
+        assert code == 0 and found["groups"] == 8 and found["resumed_from"] == 1
+
+
 def test_another_config_is_refused(trained, config, shardtrain):
     """With the difference; --fresh moves the old run aside. Failed once when it trained on."""
     before = (trained / "metrics.jsonl").read_bytes()

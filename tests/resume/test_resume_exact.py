@@ -35,7 +35,9 @@ def data():
     return st.ArrayLoader({**arrays, "id": np.arange(500, dtype=np.int32)}, ROWS, seed=3)
 
 
-def fit(mesh, output=None, *, steps=STEPS, groups=8, **options):
+def fit(mesh, output=None, *, steps=STEPS, groups=None, **options):
+    if output is None or not (output / "checkpoints").exists():
+        groups = 8  # later starts find it in the checkpoint
     return st.fit(
         MODEL,
         loss,
