@@ -166,12 +166,7 @@ class ArrayLoader(_Loader):
         rows: np.ndarray | None = None,
         shuffle: bool = True,
     ):
-        arrays = {name: np.asarray(value) for name, value in arrays.items()}
-        lengths = {name: len(value) for name, value in arrays.items()}
-        if not lengths or len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise DataError(
-                f"rows per field: {lengths}", where="ArrayLoader", fix="the same number in every field"
-            )
+        arrays = _rows_of({name: np.asarray(value) for name, value in arrays.items()}, "ArrayLoader")
         self.source, self.global_batch, self.rows = _Rows(arrays), global_batch, rows
         self._dataset = _shuffled(self.source, seed, shuffle)
 
@@ -192,7 +187,7 @@ class IterableLoader:
         self._first: Any = None
         iterator = iter(data)
         try:
-            self._first = _as_dict(next(iterator))
+            self._first = _rows_of(_as_dict(next(iterator)), "data")
         except StopIteration:
             raise DataError(
                 "gave no batch", where="data", fix="an iterable of dicts or tuples of arrays"
@@ -224,8 +219,24 @@ class IterableLoader:
             yield self._first
             yield from map(_as_dict, self._iterator)
             return
-        while True:
-            yield from map(_as_dict, self._data)
+        found = True
+        while found:  # what gives nothing the second time has ended
+            found = False
+            for batch in self._data:
+                found = True
+                yield _as_dict(batch)
+
+
+def _rows_of(fields: Batch, where: str) -> Batch:
+    """The fields, if all have the same number of rows."""
+    lengths = {name: value.shape[0] if value.ndim else "none" for name, value in fields.items()}
+    if len(set(lengths.values())) != 1 or {0, "none"} & set(lengths.values()):
+        raise DataError(
+            f"rows per field: {lengths}",
+            where=where,
+            fix="arrays with the same number of rows in every field",
+        )
+    return fields
 
 
 def _as_dict(batch: Any) -> Batch:

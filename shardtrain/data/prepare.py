@@ -70,8 +70,8 @@ def prepare(
     """Tokenise a source into a folder under `output` that its content names; a second call only opens it.
 
     Args:
-        source: `king_james`, or paths and patterns of .txt, .txt.gz, .jsonl (one document a line), or of
-            tokens: .npy, .bin.
+        source: `king_james`, or paths and patterns of .txt and .jsonl (one document a line), with .gz
+            or without, or of tokens: .npy, .bin.
         output: a folder for prepared data.
         tokenizer: `bpe:N` trains a byte-level BPE of N entries on the training text; or a tokenizer.json.
         eval_fraction: the last part of the text (whole documents or lines) is held out.
@@ -110,16 +110,15 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenData:
     place = pathlib.Path(path)
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        written = manifest["format"]
     except FileNotFoundError:
         raise DataError("no prepared data here", where=str(place), fix="shardtrain data prepare") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"the manifest cannot be read: {error}", where=str(place), fix="remove the folder"
         ) from error
-    if manifest.get("format") != FORMAT:
-        raise DataError(
-            f"format {manifest.get('format')}, this is {FORMAT}", where=str(place), fix="remove the folder"
-        )
+    if written != FORMAT:
+        raise DataError(f"format {written}, this is {FORMAT}", where=str(place), fix="remove the folder")
     width = np.dtype(manifest["dtype"]).itemsize
     for split in SPLITS:
         file, expected = place / f"{split}.bin", manifest["tokens"][split] * width
@@ -191,8 +190,17 @@ def _from_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     parts = [np.asarray(sources.tokens(f, dtype)) for f in files]
     ids = np.concatenate(parts)
-    if ids.min() < 0:
-        raise DataError(f"a negative token id: {ids.min()}", where=str(files[0]), fix="ids from 0")
+    if len(ids) < 2:
+        raise DataError(
+            f"{len(ids)} tokens cannot be divided into training and held-out ones",
+            where=str(files[0]),
+            fix="a file with more",
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= 2**31:
+        raise DataError(
+            f"token ids from {low} to {high}", where=str(files[0]), fix=f"ids from 0 to {2**31 - 1}"
+        )
     cut = len(ids) - max(1, int(len(ids) * eval_fraction))
     return ids[:cut], ids[cut:]
 

@@ -1,4 +1,4 @@
-"""Documents from files: .txt, .txt.gz, .jsonl; and tokens from .npy, .bin."""
+"""Documents from files: .txt, .jsonl, either also as .gz; and tokens from .npy, .bin."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shardtrain.errors import DataError
 
 KING_JAMES = pathlib.Path(__file__).parent / "text" / "king_james.txt.gz"
 TOKENS = (".npy", ".bin")
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # of .bin
 
 
 def find(source: str | Sequence[str]) -> list[pathlib.Path]:
@@ -35,7 +36,7 @@ def find(source: str | Sequence[str]) -> list[pathlib.Path]:
             raise DataError(
                 "no such file",
                 where=str(name),
-                fix="king_james, or files that end in .txt .txt.gz .jsonl .npy .bin",
+                fix="king_james, or files that end in .txt .jsonl .npy .bin, text also in .gz",
             )
         files += found
     kinds = {p.suffix in TOKENS for p in files}
@@ -48,8 +49,9 @@ def find(source: str | Sequence[str]) -> list[pathlib.Path]:
 
 def documents(file: pathlib.Path, field: str) -> Iterator[str]:
     """The documents of one text file; a .txt is one."""
-    if file.suffix == ".jsonl":
-        for number, line in enumerate(_text(file).splitlines(), 1):
+    if file.name.removesuffix(".gz").endswith(".jsonl"):
+        # Not `splitlines`: a JSON string may hold other ends of lines, such as U+2028.
+        for number, line in enumerate(_text(file).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -90,7 +92,7 @@ def _text(file: pathlib.Path) -> str:
             fix=".npy or .bin for tokens, or UTF-8 text",
         )
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(
             f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}",
@@ -105,6 +107,8 @@ def tokens(file: pathlib.Path, dtype: str) -> np.ndarray:
     if size == 0:
         raise DataError("the file is empty", where=str(file), fix="a file with tokens")
     if file.suffix == ".bin":
+        if dtype not in DTYPES:
+            raise DataError(f"'{dtype}' is no type of tokens", where="dtype", fix=", ".join(DTYPES))
         width = np.dtype(dtype).itemsize
         if size % width:
             raise DataError(

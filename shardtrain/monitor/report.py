@@ -19,7 +19,8 @@ _STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #555 } .title { font-size: 15px; fill: #222 }
   .grid { stroke: #8884; stroke-width: 1 } .axis { stroke: #888; stroke-width: 1 }
   .train { stroke: #4878d0; opacity: .45 } .smooth { stroke: #4878d0; stroke-width: 2 }
-  .eval { stroke: #d65f5f; stroke-width: 2 } .dot { fill: #d65f5f } .level { stroke: #888; stroke-dasharray: 5 4 }
+  .eval { stroke: #d65f5f; stroke-width: 2 } .dot { fill: #d65f5f } .lone { fill: #4878d0 }
+  .level { stroke: #888; stroke-dasharray: 5 4 }
   @media (prefers-color-scheme: dark) { text { fill: #aaa } .title { fill: #eee } }
 """
 
@@ -50,12 +51,10 @@ def loss_svg(
             curve is drawn faint, with a running mean over it.
         levels: name -> a horizontal line.
     """
-    width, height, left, right, top, bottom = 760, 400, 62, 16, 56, 46
+    width, height, left, right, top, bottom = 760, 400, 72, 20, 56, 46
     trained, evaluated = _finite(train), _finite(evaluation)
     levels = {k: v for k, v in (levels or {}).items() if math.isfinite(v)}
-    points = [*trained, *evaluated]
-    if not points:
-        points = [(0.0, 0.0), (1.0, 1.0)]
+    points = [*trained, *evaluated] or [(0.0, 0.0), (1.0, 1.0)]
     x_max = max(max(x for x, _ in points), 1.0)
     values = [y for _, y in points] + list(levels.values())
     y_min, y_max = min(values), max(values)
@@ -75,30 +74,40 @@ def loss_svg(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">',
         f"<style>{_STYLE}</style>",
-        f'<text class="title" x="{left}" y="22">{html.escape(title)}</text>',
+        f'<text class="title" x="{left}" y="22">{html.escape(_short(title))}</text>',
     ]
     for y in _ticks(y_min, y_max):
         _, py = place(0, y)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>')
         parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in _ticks(0, x_max):
+    for x in _ticks(0, x_max, least=1):
         px, _ = place(x, y_min)
-        parts.append(f'<text x="{px:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+        parts.append(
+            f'<text x="{px:.1f}" y="{height - bottom + 18}" text-anchor="middle">{_step_text(x)}</text>'
+        )
     parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">step</text>')
+    middle = (top + height - bottom) / 2
     parts.append(
-        f'<text x="14" y="{(top + height - bottom) / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 14 {(top + height - bottom) / 2})">nats</text>'
+        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">nats</text>'
     )
     floor = height - bottom
     parts.append(
         f'<polyline class="axis" fill="none" points="{left},{top} {left},{floor} {width - right},{floor}"/>'
     )
-    for name, level in levels.items():
+    free = float(height)  # above the label below, so that labels of near levels do not overlap
+    for name, level in sorted(levels.items(), key=lambda item: item[1]):
         _, py = place(0, level)
+        free = min(py - 5, free - 14)
         parts.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}"/>')
         parts.append(
-            f'<text x="{width - right}" y="{py - 5:.1f}" text-anchor="end">{html.escape(name)} {level:.3f}</text>'
+            f'<text x="{width - right}" y="{free:.1f}" text-anchor="end">'
+            f"{html.escape(_short(name))} {_value_text(level)}</text>"
         )
+    if not trained and not evaluated:
+        parts.append(f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no numbers yet</text>')
+    if len(trained) == 1:  # a line through one point is nothing
+        px, py = place(*trained[0])
+        parts.append(f'<circle class="lone" cx="{px:.1f}" cy="{py:.1f}" r="3"/>')
     if trained:
         parts += [line(_thin(trained), "train"), line(_thin(_running_mean(trained)), "smooth")]
     if evaluated:
@@ -107,8 +116,8 @@ def loss_svg(
         for x, y in evaluated:
             px, py = place(x, y)
             parts.append(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="3"/>')
-    legend = [("smooth", f"training {trained[-1][1]:.3f}")] if trained else []
-    legend += [("eval", f"held out {evaluated[-1][1]:.3f}")] if evaluated else []
+    legend = [("smooth", f"training {_value_text(trained[-1][1])}")] if trained else []
+    legend += [("eval", f"held out {_value_text(evaluated[-1][1])}")] if evaluated else []
     for index, (kind, name) in enumerate(legend):
         x = left + 150 * index
         parts.append(
@@ -135,18 +144,41 @@ def _thin(points: Points) -> list[tuple[float, float]]:
 
 
 def _running_mean(points: Points) -> list[tuple[float, float]]:
-    """Centred, and narrower towards both ends: a mean of the past would lag behind a falling loss."""
+    """Centred; towards both ends, where one side is missing, a straight line through what is there.
+
+    A mean of the past would lag behind a falling loss, and a narrower one would end on one noisy value.
+    """
     sums = list(itertools.accumulate((y for _, y in points), initial=0.0))
+    moments = list(itertools.accumulate((i * y for i, (_, y) in enumerate(points)), initial=0.0))
     half = len(points) // 40
     result = []
     for index, (x, _) in enumerate(points):
-        near = min(half, index, len(points) - 1 - index)
-        result.append((x, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
+        start, end = max(0, index - half), min(len(points), index + half + 1)
+        count, middle = end - start, (start + end - 1) / 2
+        total = sums[end] - sums[start]
+        slope = (moments[end] - moments[start] - middle * total) / max(1, count * (count**2 - 1) / 12)
+        result.append((x, total / count + slope * (index - middle)))
     return result
 
 
-def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    rough = (high - low) / count or 1.0
+def _short(text: str, most: int = 70) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _value_text(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2e}"
+
+
+def _step_text(step: float) -> str:
+    """`600`, `20k`, `15M`: never wider than its place."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if step >= 10 * size:
+            return f"{step / size:g}{unit}"
+    return f"{step:g}"
+
+
+def _ticks(low: float, high: float, count: int = 6, least: float = 0.0) -> list[float]:
+    rough = max((high - low) / count, least) or 1.0
     size = 10 ** math.floor(math.log10(rough))
     size *= next(m for m in (1, 2, 5, 10) if rough <= m * size)
     first = math.ceil(low / size)
@@ -190,7 +222,9 @@ def write_report(
 :root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif }}
 body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 pre {{ overflow-x: auto; padding: 1rem; background: #8881; border-radius: 6px; font-size: 13px }}
-th {{ text-align: left; font-weight: 500; padding-right: 1.5rem; vertical-align: top }} .bar {{ width: 24rem }}
+th {{ text-align: left; font-weight: 500; padding-right: 1.5rem; vertical-align: top }}
+td {{ padding-right: 1rem; font-variant-numeric: tabular-nums }} td:has(+ .bar) {{ text-align: right; white-space: nowrap }}
+.bar {{ width: 24rem }}
 .text {{ white-space: pre-wrap }}
 .bar div {{ background: #4878d0; height: .8rem; border-radius: 3px; min-width: 2px }} svg {{ width: 100%; height: auto }}
 </style><h1>{html.escape(title)}</h1>{curve}<table>{rows}</table>{bars}{blocks}</html>
