@@ -92,8 +92,11 @@ def train(
             flops_per_row=pieces.flops_per_row,
             on_plan=on_plan,
         )
+        text = (
+            sample(run.model, pieces.text, config) if run.stopped == "done" else ""
+        )  # all processes together
         if jax.process_index() == 0:
-            _sum_up(run, config, pieces, started, say)
+            _sum_up(run, config, pieces, started, text, say)
         return run
     finally:
         logging.getLogger("shardtrain").removeHandler(handler)
@@ -180,7 +183,12 @@ def sample(run_model: Any, text: Any, config: RunConfig, seed: int = 0) -> str:
 
 
 def _sum_up(
-    run: Run, config: RunConfig, pieces: Pieces, started: dict[str, Any], say: Callable[[str], None]
+    run: Run,
+    config: RunConfig,
+    pieces: Pieces,
+    started: dict[str, Any],
+    text: str,
+    say: Callable[[str], None],
 ) -> None:
     assert run.path is not None
     entropy = pieces.text.unigram_entropy if pieces.text is not None else math.nan
@@ -189,7 +197,6 @@ def _sum_up(
     eval_points = [(r["step"], r["loss"]) for r in run.evaluations if r.get("loss") is not None]
     curve = loss_svg(train_points, eval_points, levels=levels, title=f"{run.path.name}: loss")
     (run.path / "loss.svg").write_text(curve, encoding="utf-8")
-    text = sample(run.model, pieces.text, config) if run.stopped == "done" else ""
     speed = f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "-"
     facts = {
         "mesh": " ".join(f"{a}={n}" for a, n in run.plan.mesh.shape.items())

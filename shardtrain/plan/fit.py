@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -177,21 +179,23 @@ def fit_plan(
             on_plan(made, compiled)
         state = made.init(seed) if checkpoints is None else checkpoints.restore_or_init(made, seed)
         first = int(state)
-        all_writers = list(writers)
-        if path is not None:
+        lead = jax.process_index() == 0  # one process writes and shows; all compute
+        all_writers: list[Any] = list(writers) if lead else []
+        if path is not None and lead:
             all_writers.insert(0, JsonlWriter(path / "metrics.jsonl"))
             if tensorboard:
                 all_writers.append(TensorBoardWriter(path / "tensorboard"))
         for writer in all_writers:
             writer.resume(first)
             stack.callback(writer.close)
-        earlier = read_jsonl(path / "metrics.jsonl") if path is not None else []
+        earlier = read_jsonl(path / "metrics.jsonl") if path is not None and lead else []
+        last_evaluated = _agreed(max((r["step"] for r in earlier if "eval_loss" in r), default=-1))
         evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and first < steps else None
         meter = Throughput(_flops(made, flops_per_row), _peak(made.mesh))
         rows = loader.for_rows(made.rows)
         batches = prefetch(rows.starting_at(state.rows_consumed()))
         stack.callback(getattr(batches, "close", lambda: None))
-        display = stack.enter_context(Progress(steps, enabled=progress))
+        display = stack.enter_context(Progress(steps, enabled=progress and lead))
         result = run_loop(
             state,
             batches,
@@ -207,7 +211,7 @@ def fit_plan(
             evaluate=evaluate,
             eval_batches=functools.partial(_eval_batches, eval_data, eval_rows, made),
             eval_every=eval_every,
-            last_evaluated=max((r["step"] for r in earlier if "eval_loss" in r), default=-1),
+            last_evaluated=last_evaluated,
         )
     old_evaluations = [
         {"step": r["step"], **{k.removeprefix("eval_"): v for k, v in r.items() if k.startswith("eval_")}}
@@ -228,6 +232,15 @@ def fit_plan(
         tokens_per_second=meter.tokens_per_second,
         mfu=meter.mfu,
     )
+
+
+def _agreed(number: int) -> int:
+    """Process 0's number, on every process: all must evaluate at the same steps."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _saved_groups(path: pathlib.Path) -> int | None:
