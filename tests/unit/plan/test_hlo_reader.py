@@ -1,0 +1,119 @@
+"""The HLO reader against bytes counted by hand, on small programs that use each collective once."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shardtrain as st
+from shardtrain.plan.hlo import collectives, mesh_axes, replica_groups
+
+N, X = 4, 64 * 128 * 4  # devices along the axis; bytes of the whole array
+F = (N - 1) / N
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return st.make_mesh(data=2, tensor=4)
+
+
+DIVIDED = P("tensor")
+
+
+def compiled(mesh, function, out=DIVIDED, into=DIVIDED):
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=into, out_specs=out, axis_names=set(mesh.axis_names), check_vma=False
+    )
+    return collectives(jax.jit(mapped).lower(jnp.ones((64, 128))).compile().as_text(), mesh)
+
+
+def looped(function, times):
+    return lambda x: jax.lax.scan(lambda c, _: (function(c), None), x, None, length=times)[0]
+
+
+def shift(x):
+    return jax.lax.ppermute(x, "tensor", [(i, (i + 1) % N) for i in range(N)])
+
+
+CASES = {
+    # local operand x: [16, 128], a quarter of the array
+    "all-reduce": (lambda x: jax.lax.psum(x, "tensor"), P("tensor"), X / 4, 2 * F * X / 4),
+    "all-gather": (lambda x: jax.lax.all_gather(x, "tensor", tiled=True), P(), X, F * X),
+    "reduce-scatter": (
+        lambda x: jax.lax.psum_scatter(x, "tensor", tiled=True),
+        P("tensor"),
+        X / 4,
+        F * X / 4,
+    ),
+    "all-to-all": (
+        lambda x: jax.lax.all_to_all(x, "tensor", 0, 0, tiled=True),
+        P("tensor"),
+        X / 4,
+        F * X / 4,
+    ),
+    "collective-permute": (shift, P("tensor"), X / 4, X / 4),
+}
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_each_collective(mesh, op):
+    """Failed once: the payload of a reduce-scatter was its result."""
+    function, out, payload, wire = CASES[op]
+    found = compiled(mesh, function, out)
+    assert [(c.op, c.axes, c.count, c.dtype) for c in found] == [(op, ("tensor",), 1, "f32")]
+    assert found[0].bytes == payload and found[0].wire_bytes == pytest.approx(wire)
+    assert found.wire_bytes == pytest.approx(wire)
+
+
+@pytest.mark.parametrize("op", ["all-reduce", "collective-permute", "all-to-all"])
+@pytest.mark.parametrize("times", [(3,), (2, 5)])
+def test_loops_multiply(mesh, op, times):
+    """Failed once: a body counted once."""
+    function, _, _, wire = CASES[op]
+    total = 1
+    for count in times:
+        function, total = looped(lambda x, f=function: jnp.sin(f(x)), count), total * count
+    found = compiled(mesh, function)
+    assert sum(c.count for c in found) == total
+    assert found.wire_bytes == pytest.approx(wire * total)
+
+
+def test_axes(mesh):
+    """Failed once with ids taken for coordinates."""
+    assert compiled(mesh, lambda x: jax.lax.psum(x, "data"))[0].axis == "data"
+    assert compiled(mesh, lambda x: jax.lax.psum(x, ("data", "tensor")))[0].axis == "data+tensor"
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['data'=2,'tensor'=4] {'data'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("channel_id=1", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_spellings_of_groups(mesh, text, groups):
+    """Each gave the wrong groups, or none, once."""
+    assert replica_groups(text, mesh) == groups
+    assert mesh_axes([[0, 1, 2, 3]], mesh) == ("tensor",) and mesh_axes([[0, 4]], mesh) == ("data",)
+
+
+def test_guards(mesh):
+    """An unknown trip count, and a collective that nothing reaches, are loud. Failed once: both counted as 1."""
+    body = looped(lambda x: jnp.sin(jax.lax.psum(x, "tensor")), 3)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=DIVIDED, out_specs=DIVIDED, check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones((64, 128))).compile().as_text()
+    assert "known_trip_count" in text
+    with pytest.raises(ValueError, match="trip count"):
+        collectives(text.replace("known_trip_count", "unknown"), mesh)
+    with pytest.raises(ValueError, match="not reached"):
+        collectives(text.replace("body=", "bodi="), mesh)
+    with pytest.raises(ValueError, match="trip count"):
+        # a loop that ends on a value of the data
+        until = lambda x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: jax.lax.psum(c, "tensor"), x)
+        compiled(mesh, until)
