@@ -28,7 +28,7 @@ def run(code: str, tmp_path: pathlib.Path) -> str:
 
 
 def test_the_first_example_and_any_model(tmp_path):
-    """The ten lines, then the linen example over the same mesh. Failed once on a renamed argument."""
+    """The ten lines, then the linen example over the same mesh. The fault in mind: a renamed argument."""
     first = next(b for b in BLOCKS if "class Mlp" in b)
     other = next(b for b in BLOCKS if "class Net" in b)
     out = run(first + other + "\nprint(plan)\nprint(Mlp(64, 256, nnx.Rngs(0))(x[:2]).shape)", tmp_path)
@@ -38,7 +38,7 @@ def test_the_first_example_and_any_model(tmp_path):
 
 @pytest.mark.parametrize("sizes", ["data=8", "tensor=8", "data=4, tensor=2"])
 def test_the_smallest_example(sizes, tmp_path):
-    """And the one-word changes under it. Failed once on tensor=8 without annotations."""
+    """And the one-word changes under it. The fault in mind: tensor=8 without annotations."""
     code = next(b for b in BLOCKS if "(64, 64)" in b and "ArrayLoader" in b)
     assert f"st.make_mesh({sizes})" in README
     out = run(
@@ -61,7 +61,7 @@ except st.ShardingError as error: print("ShardingError: " + str(error))
 
 
 def test_commands_in_the_readme_parse():
-    """Every `shardtrain ...` line with a config resolves. Failed once on a flag that had been renamed."""
+    """Every `shardtrain ...` line with a config resolves. The fault in mind: a flag that had been renamed."""
     from shardtrain.config import resolve
 
     lines = re.findall(r"^shardtrain train (configs/\S+)((?: --\S+ \S+)*)$", README, re.M)
@@ -73,7 +73,7 @@ def test_commands_in_the_readme_parse():
 
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(notebook, tmp_path):
-    """Executed from top to bottom in a fresh kernel. Failed once on a cell that used a later name."""
+    """Executed from top to bottom in a fresh kernel. The fault in mind: a cell that used a later name."""
     import nbformat
     from nbclient import NotebookClient
 

@@ -20,7 +20,7 @@ def run(*command: str) -> str:
 
 
 def test_imports_point_down():
-    """Failed once on `from shardtrain.plan import ...` in sharding/."""
+    """The fault in mind: `from shardtrain.plan import ...` in sharding/."""
     run("-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache")
 
 
@@ -31,12 +31,12 @@ def test_lint_and_format():
 
 
 def test_types():
-    """Failed once on a function without a return type."""
+    """The fault in mind: a function without a return type."""
     run("-m", "mypy")
 
 
 def test_no_room_without_a_name():
-    """Failed once on a file called utils.py."""
+    """The fault in mind: a file called utils.py."""
     banned = {"utils", "util", "common", "helpers", "helper", "misc"}
     assert not [f for f in FILES if banned & {f.stem, *f.relative_to(PACKAGE).parts[:-1]}]
 
@@ -48,7 +48,7 @@ def test_files_stay_readable(file: pathlib.Path):
 
 
 def test_nothing_unsafe():
-    """No pickle, eval, exec, shell=True, or unsafe loader. Failed once on a planted `import pickle`."""
+    """No pickle, eval, exec, shell=True, or unsafe loader. The fault in mind: a planted `import pickle`."""
     bad = []
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -71,7 +71,7 @@ def test_nothing_unsafe():
 
 
 def test_the_project_speaks_of_itself_alone():
-    """No machine paths and no registry hosts. Failed once on a planted /root/ path."""
+    """No machine paths and no registry hosts. The fault in mind: a planted /root/ path."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     words = re.compile(r"/root/|/home/\w+/|/work/main|https?://[^\s)>\"']*(?:pypi|files\.pythonhosted)")
     found = []
@@ -87,7 +87,7 @@ def test_the_project_speaks_of_itself_alone():
 def test_import_is_cheap():
     """`import shardtrain` adds at most 0.3 CPU seconds to jax, flax and optax; alone it loads no JAX.
 
-    Failed once with an eager import of the rooms in `shardtrain/__init__.py`.
+    The fault in mind: an eager import of the rooms in `shardtrain/__init__.py`.
     """
     code = (
         "import time, jax, flax, optax; t = time.process_time(); import shardtrain; "
@@ -98,7 +98,7 @@ def test_import_is_cheap():
 
 
 def test_every_public_name_exists():
-    """Failed once on a name whose home had moved."""
+    """The fault in mind: a name whose home had moved."""
     run("-c", "import shardtrain as st; [getattr(st, n) for n in st.__all__]")
 
 

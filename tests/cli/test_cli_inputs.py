@@ -55,7 +55,7 @@ def check(code, err, words):
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_flags(name, config, tmp_path, shardtrain):
-    """Each once showed a traceback, another exit code, or trained something else."""
+    """The faults in mind: a traceback, another exit code, training something else."""
     flags, words = CASES[name]
     code, out, err = shardtrain("train", config, *BASE, *flags)
     check(code, err, words)
@@ -79,7 +79,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_wrong_text(name, config, tmp_path, shardtrain):
-    """Each once failed deep inside, without the file's name."""
+    """The fault in mind: a failure deep inside, without the file's name."""
     content, words = TEXTS[name]
     file = write(tmp_path, name, content)
     cache = tmp_path / "cache"
@@ -108,7 +108,7 @@ def test_wrong_text(name, config, tmp_path, shardtrain):
     ],
 )
 def test_wrong_config(name, words, config, tmp_path, shardtrain, monkeypatch):
-    """Each once showed a traceback."""
+    """The fault in mind: a traceback."""
     from shardtrain.config import load_config, to_json
 
     monkeypatch.chdir(tmp_path)
@@ -124,14 +124,14 @@ def test_wrong_config(name, words, config, tmp_path, shardtrain, monkeypatch):
 
 
 def test_output_that_cannot_be(config, tmp_path, shardtrain):
-    """A path under a file. Failed once after compiling for a minute."""
+    """A path under a file. The fault in mind: after compiling for a minute."""
     file = write(tmp_path, "file", "x")
     code, _, err = shardtrain("train", config, *BASE, "--output", f"{file}/run")
     check(code, err, ["cannot be written"])
 
 
 def test_damaged_and_foreign_checkpoints(config, tmp_path, shardtrain):
-    """A cut-off array file, and a checkpoint of another model. Each was read once without a word."""
+    """A cut-off array file, and a checkpoint of another model. The fault in mind: either read without a word."""
     import shutil
 
     run, other = tmp_path / "run", tmp_path / "other"
@@ -166,14 +166,14 @@ def test_damaged_and_foreign_checkpoints(config, tmp_path, shardtrain):
     ],
 )
 def test_other_commands(arguments, words, tmp_path, shardtrain, monkeypatch):
-    """Each once showed argparse's own message or a traceback."""
+    """The fault in mind: argparse's own message, or a traceback."""
     monkeypatch.chdir(tmp_path)
     code, _, err = shardtrain(*arguments)
     check(code, err, words)
 
 
 def test_json_errors(config, as_json):
-    """The error object of the contract. Failed once with an empty stdout."""
+    """The error object of the contract. The fault in mind: an empty stdout."""
     code, found = as_json("train", config, "--mesh.data", "3")
     assert code == 2 and set(found["error"]) == {"kind", "where", "message", "try"}
     assert found["error"]["kind"] == "MeshError" and "12 positions" in found["error"]["message"]

@@ -34,7 +34,7 @@ def trained(shared, tmp_path_factory):
 
 
 def test_train_writes_a_run(trained):
-    """Failed once without groups in the saved config."""
+    """The fault in mind: no groups in the saved config."""
     names = {p.name for p in trained.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "logs", "loss.svg", "report.html"} <= names
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -47,7 +47,7 @@ def test_train_writes_a_run(trained):
 
 
 def test_train_json(config, as_json):
-    """One object, every key. Failed once when a progress line went to stdout."""
+    """One object, every key. The fault in mind: a progress line went to stdout."""
     code, found = as_json("train", config, "--steps", "2", "--eval-every", "0")
     keys = (
         "run steps train_loss eval_loss tokens_per_second mfu step_seconds mesh checkpoint resumed_from exit"
@@ -58,7 +58,7 @@ def test_train_json(config, as_json):
 
 
 def test_resume_on_another_mesh(trained, config, tmp_path, shardtrain):
-    """Interrupted at step 3, gone on on data=4 x tensor=2 with the same four groups. Failed once with new groups."""
+    """Interrupted at step 3, gone on on data=4 x tensor=2 with the same four groups. The fault in mind: new groups."""
     assert shardtrain("train", config, "--steps", "3", "--optimizer.decay", "constant")[0] == 0
     flags = ["--optimizer.decay", "constant", "--mesh.data", "4", "--mesh.fsdp", "1"]
     code, _, err = shardtrain("train", config, *flags)
@@ -89,7 +89,7 @@ def test_groups_are_rounded_up_and_kept(config, tmp_path, shardtrain, as_json):
 
 
 def test_another_config_is_refused(trained, config, shardtrain):
-    """With the difference; --fresh moves the old run aside. Failed once when it trained on."""
+    """With the difference; --fresh moves the old run aside. The fault in mind: it trained on."""
     before = (trained / "metrics.jsonl").read_bytes()
     code, _, err = shardtrain(
         "train", config, "--output", trained, "--optimizer.learning-rate", "0.5", "--seed", "4"
@@ -99,7 +99,7 @@ def test_another_config_is_refused(trained, config, shardtrain):
 
 
 def test_fresh(config, tmp_path, shardtrain):
-    """The old run is kept beside. Failed once when it was deleted."""
+    """The old run is kept beside. The fault in mind: it was deleted."""
     assert shardtrain("train", config, "--steps", "1", "--eval-every", "0")[0] == 0
     assert shardtrain("train", config, "--steps", "2", "--eval-every", "0", "--fresh")[0] == 0
     assert sorted(losses(tmp_path / "run")) == [1, 2]
@@ -150,7 +150,7 @@ def test_generate(trained, shardtrain, as_json):
 
 
 def test_plan(config, tmp_path, as_json, shardtrain):
-    """Every key; nothing is written. Failed once when the state was allocated."""
+    """Every key; nothing is written. The fault in mind: the state was allocated."""
     code, found = as_json("plan", config)
     keys = "target mesh rules fits memory flops collectives step_seconds tokens_per_second mfu source"
     assert code == 0 and set(keys.split()) <= set(found)
@@ -164,7 +164,7 @@ def test_plan(config, tmp_path, as_json, shardtrain):
 
 
 def test_ckpt_data_doctor(trained, tmp_path, shared, as_json, shardtrain):
-    """Failed once when `ckpt` did not look into a run's folder."""
+    """The fault in mind: `ckpt` did not look into a run's folder."""
     code, found = as_json("ckpt", "ls", trained)
     assert code == 0 and [s["step"] for s in found["steps"]] == [4, 6]
     code, found = as_json("ckpt", "inspect", trained)
@@ -178,7 +178,7 @@ def test_ckpt_data_doctor(trained, tmp_path, shared, as_json, shardtrain):
 
 
 def test_prepared_folder_as_source(config, tmp_path, shared, as_json):
-    """Failed once: a folder was taken for a text file."""
+    """The fault in mind: a folder was taken for a text file."""
     _, prepared = as_json(
         "data", "prepare", shared / "text.txt", "--output", tmp_path / "p", "--tokenizer", "bpe:300"
     )
@@ -189,7 +189,7 @@ def test_prepared_folder_as_source(config, tmp_path, shared, as_json):
 
 
 def test_precedence(config):
-    """Flag over environment over config over default. Failed once with the environment last."""
+    """Flag over environment over config over default. The fault in mind: the environment last."""
     start = load_config(config)
     environment = {
         "SHARDTRAIN_OPTIMIZER__LEARNING_RATE": "0.5",
@@ -204,7 +204,7 @@ def test_precedence(config):
 
 
 def test_json_round_trip(config, trained):
-    """Failed once on a tuple."""
+    """The fault in mind: a tuple."""
     start = load_config(config)
     assert from_json(json.loads(json.dumps(to_json(start)))) == start
     assert load_config(str(trained / "config.json")).groups == 4
@@ -228,7 +228,7 @@ def test_mesh_flags(config, flags, expected, said):
 
 
 def test_a_model_and_loss_of_ones_own(config, tmp_path, shardtrain):
-    """From the user's file, saved and resumed. Failed once when the saved config could not find the functions."""
+    """From the user's file, saved and resumed. The fault in mind: the saved config could not find the functions."""
     file = tmp_path / "mine.py"
     file.write_text(
         '''
@@ -266,7 +266,7 @@ def run():
 
 
 def test_help(shardtrain):
-    """Every command has one. Failed once on a `%` in a help text."""
+    """Every command has one. The fault in mind: a `%` in a help text."""
     from shardtrain.cli import COMMANDS
 
     assert shardtrain()[0] == 0 and shardtrain("--version")[0] == 0

@@ -38,7 +38,7 @@ def test_learning_rate():
 
 
 def test_every_shipped_config_resolves():
-    """Every function of configs/ is a RunConfig that survives its JSON. Failed once on b175."""
+    """Every function of configs/ is a RunConfig that survives its JSON. The fault in mind: b175."""
     import importlib.util
     import pathlib
 

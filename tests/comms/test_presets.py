@@ -1,5 +1,6 @@
 """The exact collectives of each preset, by mesh axis, read from the compiled program."""
 
+import dataclasses
 import math
 
 import jax
@@ -15,12 +16,12 @@ CONFIG = GPTConfig(vocab=256, sequence=32, embed=64, layers=3, heads=8, remat="d
 ROWS, LAYERS = 32, 3
 
 
-def compiled(sizes, rules, microbatches=1):
+def compiled(sizes, rules, microbatches=1, remat="dots"):
     spec = {
         k: ((ROWS, 32), d) for k, d in (("tokens", "int32"), ("targets", "int32"), ("weights", "float32"))
     }
     plan = st.plan(
-        lambda rngs: build_model(CONFIG, rngs),
+        lambda rngs: build_model(dataclasses.replace(CONFIG, remat=remat), rngs),
         language_model_loss,
         optax.adamw(1e-3),
         batch=st.batch_spec(**spec),
@@ -39,6 +40,7 @@ def steps():
         "zero1": compiled({"data": 8}, "zero1"),
         "zero1-4": compiled({"data": 8}, "zero1", 4),
         "fsdp": compiled({"fsdp": 8}, "fsdp"),
+        "fsdp-none": compiled({"fsdp": 8}, "fsdp", remat="none"),
         "tensor": compiled({"tensor": 8}, "tensor"),
         "hybrid": compiled({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tensor"),
     }
@@ -50,7 +52,7 @@ def parameter_bytes(plan):
 
 @pytest.mark.parametrize("name", ["data", "data4"])
 def test_data_reduces_once(steps, name):
-    """2f*X bytes whatever the number of microbatches. Failed once with the reduction inside the loop."""
+    """2f*X bytes whatever the number of microbatches. The fault in mind: the reduction inside the loop."""
     plan, step = steps[name]
     by_axis = step.collectives().by_axis()
     assert set(by_axis) == {("all-reduce", "data")}
@@ -60,7 +62,7 @@ def test_data_reduces_once(steps, name):
 
 @pytest.mark.parametrize("name", ["zero1", "zero1-4"])
 def test_zero1_scatters_and_gathers(steps, name):
-    """f*X down and f*X back, and little else. Failed once with `psum` in place of `psum_scatter`."""
+    """f*X down and f*X back, and little else. The fault in mind: `psum` in place of `psum_scatter`."""
     plan, step = steps[name]
     wire = {op: bytes_ for (op, axis), (_, bytes_) in step.collectives().by_axis().items() if axis == "data"}
     spread = sum(math.prod(x.shape) for x in plan.leaves.values() if x.optimizer != x.spec) * 4
@@ -80,9 +82,10 @@ def test_zero1_divides_the_optimizer(steps):
     )
 
 
-def test_fsdp_gathers_each_layer_twice(steps):
+@pytest.mark.parametrize("name", ["fsdp", "fsdp-none"])
+def test_fsdp_gathers_each_layer_twice(steps, name):
     """Per layer: all-gather forward and backward, one reduce-scatter. Failed once when remat saved weights."""
-    plan, step = steps["fsdp"]
+    plan, step = steps[name]
     by_axis = step.collectives().by_axis()
     spread = {p: math.prod(x.shape) * 4 for p, x in plan.leaves.items() if x.shard.dim is not None}
     layers = sum(size for path, size in spread.items() if path.startswith("blocks/"))
@@ -94,7 +97,7 @@ def test_fsdp_gathers_each_layer_twice(steps):
 
 def test_tensor_reduces_activations_only(steps):
     """Two all-reduces of an activation per layer forward, two backward, and scalars per token for the
-    loss; no gather of logits, tables or hidden states. Failed once with q, k, v split from one fused dim."""
+    loss; no gather of logits, tables or hidden states. The fault in mind: q, k, v split from one fused dim."""
     _, step = steps["tensor"]
     collectives = step.collectives()
     assert {(c.op, c.axis) for c in collectives} == {("all-reduce", "tensor")}
@@ -105,7 +108,7 @@ def test_tensor_reduces_activations_only(steps):
 
 @pytest.mark.parametrize("name", ["data", "zero1", "fsdp", "tensor", "hybrid"])
 def test_nothing_is_gathered_whole(steps, name):
-    """No parameter tree, no logits, no batch. Failed once with gathered weights saved for the backward."""
+    """No parameter tree, no logits, no batch. The fault in mind: gathered weights saved for the backward."""
     plan, step = steps[name]
     logits, batch = ROWS * 32 * 256 * 4, ROWS * 32 * 4
     inside = {
@@ -136,7 +139,7 @@ def test_nothing_is_gathered_whole(steps, name):
 
 
 def test_state_stays_divided():
-    """Shardings after a step are those after init, leaf by leaf, for many optimizers. Failed once without
+    """Shardings after a step are those after init, leaf by leaf, for many optimizers. The fault in mind: without
     `out_shardings`."""
     model = (lambda key: {"w": jax.random.normal(key, (64, 64)), "b": np.zeros(64, np.float32)}, None)
     model = (model[0], lambda p, x: x @ p["w"] + p["b"])

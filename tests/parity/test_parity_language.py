@@ -47,13 +47,13 @@ def trained(family: str, layout: str | None, steps: int = 5, sgd: bool = False) 
     "layout", ["data8", "zero1", "fsdp8", "tensor8", "tensor4-fsdp2", "hybrid", "slices"]
 )
 def test_gpt(layout):
-    """Failed once with `psum` left out of `reduce_leaf`, and once with one key for all groups."""
+    """The fault in mind: `psum` left out of `reduce_leaf`, and once with one key for all groups."""
     assert_equal(trained("gpt", layout), trained("gpt", None))
 
 
 @pytest.mark.parametrize("layout", ["fsdp8", "fsdp4-micro2", "hybrid", "zero1-tensor", "hsdp"])
 def test_llama(layout):
-    """Failed once with gathered weights in the wrong order."""
+    """The fault in mind: gathered weights in the wrong order."""
     assert_equal(trained("llama", layout), trained("llama", None))
 
 
@@ -68,7 +68,7 @@ def test_fifty_steps(family, layout):
 
 
 def test_sgd_parameters():
-    """SGD shows the scale of gradients, which Adam hides. Failed once with gradients multiplied by 8."""
+    """SGD shows the scale of gradients, which Adam hides. The fault in mind: gradients multiplied by 8."""
     assert (
         difference(trained("gpt", "hybrid", sgd=True).params, trained("gpt", None, sgd=True).params)[0] < 1e-5
     )

@@ -174,7 +174,7 @@ CASES = {
 
 @pytest.mark.parametrize(("name", "layout"), [(n, layout) for n, case in CASES.items() for layout in case[4]])
 def test_equals_one_device(name, layout):
-    """Each failed once: no `pcast` in `varying` (data), a stale dropout key (mlp), a wrong dim in
+    """The faults in mind: no `pcast` in `varying` (data), a stale dropout key (mlp), a wrong dim in
     `without_leading` (scanned-line, pair), statistics of one group kept for all (linen-batchnorm)."""
     model, loss_fn, make, options, _ = CASES[name]
     sgd = {"optimizer": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9))}
@@ -203,7 +203,7 @@ def test_an_instance_keeps_its_weights():
 
 
 def test_frozen_parameters_stay():
-    """Failed once when `trainable=` was ignored."""
+    """The fault in mind: `trainable=` was ignored."""
     plan = st.plan(
         Adapted,
         loss,
@@ -219,3 +219,18 @@ def test_frozen_parameters_stay():
     state, _ = plan.compile()(state, plan.put(batches()[0]))
     np.testing.assert_array_equal(state.model_state["frozen"]["base"]["kernel"], base)
     assert set(state.params) == {"lora"}
+
+
+def test_batch_statistics_are_the_mean_over_groups():
+    """By hand: 0.99 x 0 + 0.01 x mean over groups of the group's mean. Failed once with the sum over groups, which
+    the comparison with one device cannot see."""
+    batch = batches()[0]
+    options = dict(batch=st.batch_spec(**batch), mesh=st.make_mesh(data=8), rules="data")
+    plan = st.plan(CASES["linen-batchnorm"][0], loss, optax.sgd(0.0), **options)
+    state = plan.init(0)
+    before = nn.Dense(WIDTH).bind({"params": jax.device_get(state.params["Dense_1"])})(
+        nn.gelu(nn.Dense(256).bind({"params": jax.device_get(state.params["Dense_0"])})(batch["x"]))
+    )
+    state, _ = plan.compile()(state, plan.put(batch))
+    found = state.model_state["variables"]["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(found, 0.01 * np.asarray(before).mean(0), rtol=1e-4, atol=1e-7)

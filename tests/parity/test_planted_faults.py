@@ -101,14 +101,14 @@ def test_fault_is_seen(name, reference, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["data8", "fsdp8"])
 def test_no_fault(layout, reference):
-    """Failed once with a fault left in."""
+    """The fault in mind: a fault left in."""
     ours = train(Mlp, loss, batches(), layout, optimizer=optax.sgd(0.1), steps=3)
     assert difference(ours.gradients, reference.gradients)[0] < 1e-6
     assert difference(ours.params, reference.params)[0] < 1e-6
 
 
 def test_clipping_is_global():
-    """A clip by each shard's own norm gives another update. Failed once with the update inside the manual region."""
+    """A clip by each shard's own norm gives another update. The fault in mind: the update inside the manual region."""
     clip = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
     reference = train(Mlp, loss, batches(), None, optimizer=clip, steps=2)
     for layout in ("fsdp8", "zero1"):

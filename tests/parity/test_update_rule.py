@@ -35,7 +35,7 @@ def test_equal_shards(sizes):
 
 
 def test_shards_that_weigh_differently():
-    """Failed once with a mean of means. The sum of gradients over the sum of weights; a shard may weigh nothing."""
+    """The fault in mind: a mean of means. The sum of gradients over the sum of weights; a shard may weigh nothing."""
     batch = {**data(), "weight": np.random.default_rng(1).random(ROWS).astype("f")}
     batch["weight"][0::P] = 0
 

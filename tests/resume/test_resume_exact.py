@@ -84,7 +84,7 @@ def test_another_mesh(whole, tmp_path, first, second):
 
 
 def test_interrupted_by_a_hook(whole, tmp_path):
-    """An exception in the middle loses nothing that was committed. Failed once when the manifest came first."""
+    """An exception in the middle loses nothing that was committed. The fault in mind: the manifest came first."""
 
     def bomb(step, metrics):
         if step == 7:
@@ -98,7 +98,7 @@ def test_interrupted_by_a_hook(whole, tmp_path):
 
 
 def test_a_finished_run_stays_finished(whole, tmp_path):
-    """Failed once when a step was trained past the end."""
+    """The fault in mind: a step was trained past the end."""
     fit("hybrid", tmp_path)
     run = fit("hybrid", tmp_path)
     assert run.resumed_from == STEPS and run.step == STEPS and curve(run) == curve(whole)
@@ -116,7 +116,7 @@ def test_every_sample_once(whole):
 
 @pytest.mark.parametrize("kind", ["dicts", "tuples", "generator"])
 def test_any_iterable(kind, tmp_path):
-    """Batches of dicts or tuples, from a list or a generator. Failed once when the first batch was lost."""
+    """Batches of dicts or tuples, from a list or a generator. The fault in mind: the first batch was lost."""
     batches = [{"x": np.full((ROWS, WIDTH), i, np.float32)} for i in range(4)]
     if kind != "dicts":
         batches = [(b["x"],) for b in batches]
@@ -131,7 +131,7 @@ def test_any_iterable(kind, tmp_path):
 
 
 def test_evaluation_is_exact():
-    """The held-out loss is the sum over all rows over the sum of weights. Failed once as a mean of batch means."""
+    """The held-out loss is the sum over all rows over the sum of weights. The fault in mind: a mean of batch means."""
     held_out = [{"x": np.full((ROWS, WIDTH), i, np.float32)} for i in (1, 5)]
     held_out[1]["x"][4:] = 0
     seen = lambda model, batch: st.Loss(batch["x"].sum(), (batch["x"] > 0).sum())

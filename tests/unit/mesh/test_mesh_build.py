@@ -44,14 +44,14 @@ def test_sizes_and_order(sizes, expected):
     ],
 )
 def test_wrong_sizes(sizes, words):
-    """Each reached JAX's own error once."""
+    """The fault in mind: JAX's own error."""
     with pytest.raises(st.MeshError) as caught:
         st.make_mesh(**sizes)
     assert all(word in str(caught.value) for word in [*words, "try: "]), str(caught.value)
 
 
 def test_some_devices():
-    """Failed once when the order given was lost."""
+    """The fault in mind: the order given was lost."""
     chosen = [jax.devices()[i] for i in (3, 1)]
     assert list(st.make_mesh(devices=chosen, data=2).devices.flat) == chosen
 
@@ -92,7 +92,7 @@ def joined(monkeypatch):
 
 
 def test_one_process_does_nothing(joined):
-    """Failed once by calling initialize."""
+    """The fault in mind: calling initialize."""
     assert "one process" in st.init_distributed() and not joined
     assert "one process" in st.init_distributed("h:1", 1, 0) and not joined
 
@@ -113,7 +113,7 @@ def test_gpus_are_divided(joined, monkeypatch, tasks, local, expected):
 
 
 def test_explicit_and_environment(joined, monkeypatch):
-    """Failed once with the process id of the environment ignored."""
+    """The fault in mind: the process id of the environment ignored."""
     st.init_distributed("10.0.0.1:1234", 4, 2)
     assert joined[0][0] == ("10.0.0.1:1234", 4, 2)
     for name, value in {
@@ -128,14 +128,14 @@ def test_explicit_and_environment(joined, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [(None, 2, 0), ("h:1", 2, 2), ("h:1", 2, None), ("host", 2, 0)])
 def test_incomplete_arguments(joined, arguments):
-    """Each hung or raised JAX's own error once."""
+    """The fault in mind: a hang, or JAX's own error."""
     with pytest.raises(st.LaunchError, match="try: "):
         st.init_distributed(*arguments)
     assert not joined
 
 
 def test_gpus_that_do_not_divide(joined, monkeypatch):
-    """Failed once by giving the rest to nobody."""
+    """The fault in mind: giving the rest to nobody."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")

@@ -79,7 +79,7 @@ def test_loops_multiply(mesh, op, times):
 
 
 def test_axes(mesh):
-    """Failed once with ids taken for coordinates."""
+    """The fault in mind: ids taken for coordinates."""
     assert compiled(mesh, lambda x: jax.lax.psum(x, "data"))[0].axis == "data"
     assert compiled(mesh, lambda x: jax.lax.psum(x, ("data", "tensor")))[0].axis == "data+tensor"
 
@@ -98,13 +98,13 @@ def test_axes(mesh):
     ],
 )
 def test_spellings_of_groups(mesh, text, groups):
-    """Each gave the wrong groups, or none, once."""
+    """The fault in mind: wrong groups, or none."""
     assert replica_groups(text, mesh) == groups
     assert mesh_axes([[0, 1, 2, 3]], mesh) == ("tensor",) and mesh_axes([[0, 4]], mesh) == ("data",)
 
 
 def test_guards(mesh):
-    """An unknown trip count, and a collective that nothing reaches, are loud. Failed once: both counted as 1."""
+    """An unknown trip count, and a collective that nothing reaches, are loud. The fault in mind: both counted as 1."""
     body = looped(lambda x: jnp.sin(jax.lax.psum(x, "tensor")), 3)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=DIVIDED, out_specs=DIVIDED, check_vma=False)
     text = jax.jit(mapped).lower(jnp.ones((64, 128))).compile().as_text()

@@ -40,7 +40,7 @@ def make(mesh=None, *, model=None, loss_fn=loss, rows=32, width=64, **options):
 
 
 def test_allocates_nothing():
-    """Failed once with an eager `model()` in as_model."""
+    """The fault in mind: an eager `model()` in as_model."""
     before = {id(x) for x in jax.live_arrays()}
     plan = make()
     assert not [x.shape for x in jax.live_arrays() if id(x) not in before]
@@ -120,7 +120,7 @@ def test_allocates_nothing():
     ],
 )
 def test_refuses_before_compiling(kind, call, words, monkeypatch):
-    """Each raised nothing, or something else, once."""
+    """The fault in mind: nothing raised, or something without numbers."""
     monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled
     with pytest.raises(kind) as caught:
         call()
@@ -202,13 +202,13 @@ def test_rows_are_grouped():
     ],
 )
 def test_put_refuses(batch):
-    """Failed once on int rows for a float field, which were cast."""
+    """The fault in mind: int rows for a float field, which were cast."""
     with pytest.raises(st.DataError, match="try: "):
         make().put(batch)
 
 
 def test_step_does_not_wait_copy_or_recompile():
-    """No implicit transfer, no second compilation, donated state. Failed once with a NumPy scalar as the step."""
+    """No implicit transfer, no second compilation, donated state. The fault in mind: a NumPy scalar as the step."""
     plan = make()
     step = plan.compile()
     state = plan.init(0)
@@ -258,7 +258,7 @@ def test_evaluation_uses_no_dropout_and_changes_nothing():
 
 
 def test_any_function_of_state_and_batch():
-    """`plan.jit` keeps the plan's shardings. Failed once when a returned state came back replicated."""
+    """`plan.jit` keeps the plan's shardings. The fault in mind: a returned state came back replicated."""
     plan = make()
     state = plan.init(0)
 
@@ -295,7 +295,7 @@ def test_two_layouts_in_one_process():
 
 
 def test_bf16_keeps_float32_masters():
-    """Failed once when the parameters themselves were cast."""
+    """The fault in mind: the parameters themselves were cast."""
     plan = make(precision="bf16")
     state, metrics = plan.compile()(plan.init(0), plan.put({"x": np.ones((32, 64), np.float32)}))
     assert state.params["up"]["kernel"].dtype == jnp.float32
@@ -320,7 +320,7 @@ def test_inside_set_mesh_and_with_tuples():
 
 
 def test_describe_is_json():
-    """Failed once on a PartitionSpec."""
+    """The fault in mind: a PartitionSpec."""
     import json
 
     found = json.loads(json.dumps(make().describe()))

@@ -18,7 +18,7 @@ def mesh():
 
 
 def test_rules_are_values():
-    """Failed once when override changed the preset."""
+    """The fault in mind: override changed the preset."""
     other = RULES.override(mlp=None)
     assert RULES.params["mlp"] == ("tensor",) and other.params["mlp"] == () and other.activations["mlp"] == ()
     assert other != RULES and other.override(mlp="tensor") == RULES
@@ -48,7 +48,7 @@ def test_where_a_leaf_goes(mesh, shape, logical, spec):
 
 
 def test_infer_takes_the_largest(mesh):
-    """Failed once as leading."""
+    """The fault in mind: leading."""
     rules = st.rules.infer
     assert resolve("leaf", (64, 512), ("any", "name"), rules.params, mesh, pick=rules.pick) == P(None, "fsdp")
 
@@ -63,7 +63,7 @@ def test_infer_takes_the_largest(mesh):
     ],
 )
 def test_errors_say_where_and_the_way_out(mesh, shape, logical, words):
-    """Each was silent once: the partitioner replicates an indivisible dim without a word."""
+    """Left to the partitioner each is silent: the partitioner replicates an indivisible dim without a word."""
     with pytest.raises(st.ShardingError) as caught:
         resolve("blocks/mlp/down/kernel", shape, logical, RULES.params, mesh)
     text = str(caught.value)
@@ -74,19 +74,23 @@ def test_errors_say_where_and_the_way_out(mesh, shape, logical, words):
 
 
 def test_annotations():
-    """First match wins; the leading slash. Failed once with `search` in place of `fullmatch`."""
+    """First match wins; the leading slash. The fault in mind: `search` in place of `fullmatch`."""
     found = st.annotate({r".*/up/kernel": ("embed", "mlp"), r".*kernel": ("mlp", "embed")}).apply(
         {"up/kernel": (2, 3), "a/down/kernel": (3, 2), "bias": (3,)}, {"bias": None}
     )
     assert found == {"bias": None, "up/kernel": ("embed", "mlp"), "a/down/kernel": ("mlp", "embed")}
     with pytest.raises(st.ShardingError, match="matches no parameter"):
         st.annotate({r".*": ("mlp",), "bias": ("mlp",)}).apply({"bias": (3,)}, {})
+    with pytest.raises(st.ShardingError, match="matches no parameter"):
+        st.annotate({r"kernel": ("embed", "mlp")}).apply(
+            {"up/kernel": (2, 3)}, {}
+        )  # the whole path, not a part
     with pytest.raises(st.ShardingError, match="regular expression"):
         st.annotate({r"(": ("mlp",)})
 
 
 def test_constrain_is_free_outside():
-    """No equation at all. Failed once when it called with_sharding_constraint on an empty mesh."""
+    """No equation at all. The fault in mind: it called with_sharding_constraint on an empty mesh."""
     assert not jax.make_jaxpr(lambda x: st.constrain(x, "batch", "nonsense"))(jnp.ones((2, 3))).eqns
 
 
@@ -101,7 +105,7 @@ def constrained(mesh, shape, *axes, manual=frozenset()):
 
 
 def test_constrain_inside(mesh):
-    """Trailing dims; batch is the first. Failed once when two names for three dims were put on the first two."""
+    """Trailing dims; batch is the first. The fault in mind: two names for three dims were put on the first two."""
     assert constrained(mesh, (8, 16, 32), "batch", "seq", "mlp") == P(("data", "fsdp"), None, "tensor")
     assert constrained(mesh, (8, 16, 32), "batch", "mlp") == P(("data", "fsdp"), None, "tensor")
     assert constrained(mesh, (8, 16, 32), "mlp") == P(None, None, "tensor")
@@ -118,7 +122,7 @@ def test_constrain_inside(mesh):
     ],
 )
 def test_constrain_is_strict_inside(mesh, shape, axes, words):
-    """Failed once: an uneven dim was replicated without a word."""
+    """The fault in mind: an uneven dim was replicated without a word."""
     with pytest.raises(st.ShardingError) as caught:
         constrained(mesh, shape, *axes)
     assert all(word in str(caught.value) for word in words), str(caught.value)
