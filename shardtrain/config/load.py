@@ -7,13 +7,14 @@ import importlib.util
 import json
 import pathlib
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union
 
 from shardtrain.config.schema import KINDS, RunConfig
-from shardtrain.errors import ConfigError
+from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.sharding.names import suggestion
 
 
@@ -28,10 +29,12 @@ def load_config(name: str) -> RunConfig:
         value = load_name(name)
         try:
             config = value() if callable(value) else value
-        except TypeError as error:
+        except ShardTrainError:
+            raise
+        except (Exception, SystemExit) as error:
             raise ConfigError(
-                f"{function}() failed: {error}",
-                where=name,
+                f"{function}() failed: {type(error).__name__}: {error}",
+                where=f"{path}{_line(error, _find(path))}",
                 fix="a function without arguments that returns a RunConfig",
             ) from error
         if not isinstance(config, RunConfig):
@@ -40,7 +43,13 @@ def load_config(name: str) -> RunConfig:
                 where=name,
                 fix="a function that returns a RunConfig",
             )
-        return config
+        if type(config.model) not in KINDS.values():
+            raise ConfigError(
+                f"model is a {type(config.model).__name__}",
+                where=name,
+                fix="a GPTConfig, a LlamaConfig, or shardtrain.config.custom(...)",
+            )
+        return from_json(to_json(config), where=name)  # the types of a file are checked as those of JSON are
     file = pathlib.Path(name)
     if file.is_dir():
         file = file / "config.json"
@@ -102,15 +111,24 @@ def _import(file: pathlib.Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, ShardTrainError) or not isinstance(error, Exception | SystemExit):
+            raise
+        if isinstance(error, SyntaxError):
+            at = f"line {error.lineno}: " if error.lineno else ""
+            raise ConfigError(f"{at}{error.msg}", where=str(file), fix="correct the file") from error
         raise ConfigError(
-            f"line {error.lineno}: {error.msg}", where=str(file), fix="correct the file"
+            f"{type(error).__name__}: {error}", where=f"{file}{_line(error, file)}", fix="correct the file"
         ) from error
-    except BaseException:
-        del sys.modules[name]
-        raise
     return module
+
+
+def _line(error: BaseException, file: pathlib.Path) -> str:
+    """`:12`, where in the user's file an error came up; empty if it did not pass through there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if f.filename == str(file.resolve())]
+    return f":{lines[-1]}" if lines else ""
 
 
 def load_name(reference: str) -> Any:
@@ -172,7 +190,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value):
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{value!r} is a {type(value).__name__}", where=where, fix="an object with its fields"
+            )
         return _build(typing.cast(type, hint), value, where)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
