@@ -18,6 +18,7 @@ class _Loader:
     """Sample i of the run is `self.sample(i)`. A process reads only its own rows of each global batch."""
 
     global_batch: int
+    source: Any
     rows: np.ndarray | None = None
 
     def sample(self, index: int) -> Batch:
@@ -47,8 +48,36 @@ class _Loader:
             yield _stack([self.sample(cursor + int(row)) for row in rows])
             cursor += self.global_batch
 
+    def batches(self, limit: int = 0) -> Iterator[Batch]:
+        """Every row once, in global batches; the last is filled up with rows of weight 0.
+
+        Without a field `weights` or `mask` nothing can weigh 0: rows that fill no whole batch are left out.
+        `limit`: at most so many rows; 0 for all.
+        """
+        count = min(len(self.source), limit) if limit else len(self.source)
+        weights = [name for name in ("weights", "mask") if name in self.batch_spec]
+        if not weights and count < self.global_batch:
+            raise DataError(
+                f"{count} rows are no whole batch of {self.global_batch}",
+                where="evaluation",
+                fix="more rows, or a field `weights` that the loss uses, so that the rest can weigh 0",
+            )
+        count -= 0 if weights else count % self.global_batch
+        rows = np.arange(self.global_batch) if self.rows is None else self.rows
+        for start in range(0, count, self.global_batch):
+            batch = _stack([self.sample(min(start + int(row), count - 1)) for row in rows])
+            for name in weights:
+                batch[name][start + rows >= count] = 0
+            yield batch
+
     def __iter__(self) -> Iterator[Batch]:
         return self.starting_at(0)
+
+
+def _positive(where: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise DataError(f"{name}={size}", where=where, fix="1 or more")
 
 
 def row_of(cursor: Any) -> int:
@@ -72,10 +101,10 @@ def _shuffled(source: Any, seed: int, shuffle: bool) -> Any:
 
 
 class _Windows:
-    """Non-overlapping windows of `sequence` + 1 tokens, random access, for Grain. Counts its reads."""
+    """Windows of `sequence` + 1 tokens that share their end tokens, random access. Counts its reads."""
 
-    def __init__(self, tokens: np.ndarray, sequence: int):
-        self.tokens, self.sequence, self.reads = tokens, sequence, 0
+    def __init__(self, tokens: np.ndarray, sequence: int, vocab: int):
+        self.tokens, self.sequence, self.vocab, self.reads = tokens, sequence, vocab, 0
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence
@@ -83,7 +112,16 @@ class _Windows:
     def __getitem__(self, index: int) -> np.ndarray:
         self.reads += 1
         start = int(index) * self.sequence
-        return np.asarray(self.tokens[start : start + self.sequence + 1], np.int32)
+        window = np.asarray(self.tokens[start : start + self.sequence + 1], np.int32)
+        # An id past the table would train on silently: a gather clamps it.
+        if window.max() >= self.vocab:
+            raise DataError(
+                f"token id {window.max()} in a vocabulary of {self.vocab}",
+                where=f"token {start + int(window.argmax())} of {getattr(self.tokens, 'filename', 'the array')}",
+                why="the file changed after it was prepared",
+                fix="remove its folder and prepare it again",
+            )
+        return window
 
 
 class TokenLoader(_Loader):
@@ -110,8 +148,14 @@ class TokenLoader(_Loader):
         rows: np.ndarray | None = None,
         shuffle: bool = True,
     ):
-        tokens = data if isinstance(data, np.ndarray) else data.tokens(split)
-        self.source = _Windows(tokens, sequence)
+        _positive("TokenLoader", sequence=sequence, global_batch=global_batch)
+        bare = isinstance(data, np.ndarray)
+        tokens = data if bare else data.tokens(split)
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(
+                f"{tokens.dtype} with {tokens.ndim} dims", where="TokenLoader", fix="a 1-D array of token ids"
+            )
+        self.source = _Windows(tokens, sequence, 2**31 if bare else data.vocab_size)
         if len(self.source) < 1:
             raise DataError(
                 f"{len(tokens)} tokens, one row takes {sequence + 1}",
@@ -124,18 +168,6 @@ class TokenLoader(_Loader):
     def sample(self, index: int) -> Batch:
         window = self._dataset[index]
         return {"tokens": window[:-1], "targets": window[1:], "weights": np.ones(self.sequence, np.float32)}
-
-    def batches(self, limit: int = 0) -> Iterator[Batch]:
-        """Every window once, in global batches; the last is filled up with rows of weight 0.
-
-        `limit`: at most so many windows; 0 for all.
-        """
-        count = min(len(self.source), limit) if limit else len(self.source)
-        rows = np.arange(self.global_batch) if self.rows is None else self.rows
-        for start in range(0, count, self.global_batch):
-            batch = _stack([self.sample(min(start + int(row), count - 1)) for row in rows])
-            batch["weights"] = batch["weights"] * (start + rows < count)[:, None].astype(np.float32)
-            yield batch
 
 
 class _Rows:
@@ -167,6 +199,7 @@ class ArrayLoader(_Loader):
         shuffle: bool = True,
     ):
         arrays = _rows_of({name: np.asarray(value) for name, value in arrays.items()}, "ArrayLoader")
+        _positive("ArrayLoader", global_batch=global_batch)
         self.source, self.global_batch, self.rows = _Rows(arrays), global_batch, rows
         self._dataset = _shuffled(self.source, seed, shuffle)
 
@@ -252,7 +285,8 @@ def as_loader(data: Any, global_batch: int = 0, *, seed: int = 0) -> Any:
     if hasattr(data, "starting_at") and hasattr(data, "batch_spec"):
         return data
     if isinstance(data, Mapping):
-        return ArrayLoader(data, global_batch or len(next(iter(data.values()))), seed)
+        fields = _rows_of(_as_dict(data), "data")
+        return ArrayLoader(fields, global_batch or len(next(iter(fields.values()))), seed)
     if hasattr(data, "__iter__"):
         return IterableLoader(data)
     raise DataError(

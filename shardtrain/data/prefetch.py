@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from shardtrain.errors import DataError
+
 _END = object()
 
 
@@ -15,7 +17,16 @@ def prefetch(iterator: Iterator[Any], depth: int = 2) -> Iterator[Any]:
 
     An exception of the iterator is raised where its item would have come. Closing the generator (or
     leaving the loop and dropping it) stops the thread.
+
+    Raises:
+        DataError: a `depth` below 1, which would read without bound.
     """
+    if depth < 1:
+        raise DataError(f"depth={depth}", where="prefetch", fix="1 or more")
+    return _ahead(iterator, depth)
+
+
+def _ahead(iterator: Iterator[Any], depth: int) -> Iterator[Any]:
     items: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 

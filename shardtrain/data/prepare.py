@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from shardtrain.data import sources, tokenizer
 from shardtrain.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "eval")
 
 
@@ -42,7 +42,13 @@ class TokenData:
         return float(self.manifest["unigram_entropy"])
 
     def tokens(self, split: str) -> np.ndarray:
-        """All tokens of `train` or `eval`, memory-mapped."""
+        """All tokens of `train` or `eval`, memory-mapped.
+
+        Raises:
+            DataError: another split.
+        """
+        if split not in SPLITS:
+            raise DataError(f"there is no split '{split}'", where=str(self.path), fix=" or ".join(SPLITS))
         return np.memmap(self.path / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
     def tokenizer(self) -> Any:
@@ -59,7 +65,7 @@ class TokenData:
 
 
 def prepare(
-    source: str | Sequence[str],
+    source: sources.Source,
     output: str | os.PathLike[str],
     *,
     tokenizer: str = "bpe:512",
@@ -73,7 +79,8 @@ def prepare(
         source: `king_james`, or paths and patterns of .txt and .jsonl (one document a line), with .gz
             or without, or of tokens: .npy, .bin.
         output: a folder for prepared data.
-        tokenizer: `bpe:N` trains a byte-level BPE of N entries on the training text; or a tokenizer.json.
+        tokenizer: `bpe:N` trains a byte-level BPE of N entries on the training text; or a tokenizer.json,
+            which beside tokens says what they mean.
         eval_fraction: the last part of the text (whole documents or lines) is held out.
         text_field: of .jsonl objects.
         dtype: of .bin tokens.
@@ -84,13 +91,24 @@ def prepare(
     if not 0 < eval_fraction < 1:
         raise DataError(f"{eval_fraction}", where="eval_fraction", fix="between 0 and 1, such as 0.05")
     files = sources.find(source)
-    key = _key(files, tokenizer, eval_fraction, text_field, dtype)
+    try:
+        key = _key(files, tokenizer, eval_fraction, text_field, dtype)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror}", where=str(error.filename), fix="a file that can be"
+        ) from error
     place = pathlib.Path(output) / f"{_stem(files)}-{key[:12]}"
+    if (place / "manifest.json").exists():  # before the lock: a prepared cache may be read-only
+        return open_tokens(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with (place.parent / f".{place.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes does the work
             if not (place / "manifest.json").exists():
+                if place.exists():
+                    raise DataError(
+                        "there is a folder without a manifest", where=str(place), fix="remove the folder"
+                    )
                 _write(files, place, tokenizer, eval_fraction, text_field, dtype, key)
     except OSError as error:
         raise DataError(
@@ -159,8 +177,7 @@ def _write(
     try:
         if files[0].suffix in sources.TOKENS:
             splits = _from_tokens(files, eval_fraction, dtype)
-            facts: dict[str, Any] = {"tokenizer": None, "documents": None}
-            vocab = 1 + max(int(part.max()) for part in splits)
+            facts, vocab = _meaning(splits, work, tokenizer_name, files[0])
         else:
             splits, facts, vocab = _from_text(files, work, tokenizer_name, eval_fraction, field)
         width = np.uint16 if vocab <= 2**16 else np.uint32
@@ -205,6 +222,27 @@ def _from_tokens(
     return ids[:cut], ids[cut:]
 
 
+def _meaning(
+    splits: tuple[np.ndarray, np.ndarray], work: pathlib.Path, name: str, file: pathlib.Path
+) -> tuple[dict[str, Any], int]:
+    """Of tokens: the tokenizer that goes with them, if one was given, and the entries."""
+    largest = max(int(part.max()) for part in splits)
+    if tokenizer.entries_of(name) is not None:
+        return {"tokenizer": None, "documents": None}, largest + 1
+    model = tokenizer.load(name)
+    vocab = tokenizer.size_of(model)
+    if largest >= vocab:
+        raise DataError(
+            f"token id {largest}, the tokenizer has {vocab} entries",
+            where=str(file),
+            why=f"tokenizer {name}",
+            fix="the tokenizer that made these tokens, or the right dtype",
+        )
+    model.save(str(work / "tokenizer.json"))
+    digest = tokenizer.digest(work / "tokenizer.json")
+    return {"tokenizer": {"name": name, "sha256": digest}, "documents": None}, vocab
+
+
 def _from_text(
     files: list[pathlib.Path], work: pathlib.Path, name: str, eval_fraction: float, field: str
 ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, Any], int]:
@@ -217,31 +255,38 @@ def _from_text(
     model.no_padding()
     model.no_truncation()
     model.save(str(work / "tokenizer.json"))
-    end = tokenizer.end_of_text(model)
+    end = tokenizer.end_of_text(model) if len(texts) > 1 else None
     splits = tuple(_encode(model, part, end) for part in (train_texts, eval_texts))
     facts = {
         "tokenizer": {"name": name, "sha256": tokenizer.digest(work / "tokenizer.json")},
         "documents": {"train": len(train_texts), "eval": len(eval_texts)},
     }
-    return (splits[0], splits[1]), facts, model.get_vocab_size()
+    return (splits[0], splits[1]), facts, tokenizer.size_of(model)
 
 
 def _split(texts: list[str], eval_fraction: float) -> tuple[list[str], list[str]]:
-    """The last part is held out: whole documents, or of a single document whole lines."""
-    if len(texts) == 1:
-        units, glue = texts[0].splitlines(keepends=True), "".join
-    else:
-        units, glue = texts, None
-    total = sum(map(len, units))
-    kept = list(itertools.accumulate(map(len, units)))
-    cut = next(i for i, n in enumerate(kept, 1) if n >= total * (1 - eval_fraction))
-    cut = min(max(cut, 1), len(units) - 1)
-    if cut < 1:
+    """The last part is held out: whole documents, as long as that comes near the fraction.
+
+    A document so long that it would not (a book, the last of three files) is divided between two lines.
+    """
+    total = sum(map(len, texts))
+    target = total * (1 - eval_fraction)
+    ends = list(itertools.accumulate(map(len, texts)))
+    at = next(i for i, end in enumerate(ends) if end >= target)
+    cut = min(at + 1, len(texts) - 1)
+    if cut and abs(ends[cut - 1] - target) <= total * eval_fraction / 2:
+        return texts[:cut], texts[cut:]
+    lines = texts[at].splitlines(keepends=True)
+    if len(lines) == 1 and cut:
+        return texts[:cut], texts[cut:]
+    if len(lines) == 1:
         raise DataError(
             "one line cannot be divided into training and held-out text", where="text", fix="more lines"
         )
-    parts = units[:cut], units[cut:]
-    return ([glue(parts[0])], [glue(parts[1])]) if glue else (list(parts[0]), list(parts[1]))
+    reached = itertools.accumulate(map(len, lines), initial=ends[at] - len(texts[at]))
+    line = next(i for i, end in enumerate(reached) if end >= target)
+    line = min(max(line, 1), len(lines) - 1)
+    return [*texts[:at], "".join(lines[:line])], ["".join(lines[line:]), *texts[at + 1 :]]
 
 
 def _pieces(texts: list[str]) -> Iterator[str]:
@@ -251,13 +296,12 @@ def _pieces(texts: list[str]) -> Iterator[str]:
 
 def _encode(model: Any, texts: list[str], end: int | None) -> np.ndarray:
     parts: list[np.ndarray] = []
-    many = len(texts) > 1
     for text in texts:
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), 4096):  # bounds the memory of one call
             batch = model.encode_batch(lines[start : start + 4096], add_special_tokens=False)
             parts.append(np.fromiter(itertools.chain.from_iterable(e.ids for e in batch), np.int64))
-        if many and end is not None:
+        if end is not None:
             parts.append(np.array([end], np.int64))
     return np.concatenate(parts)
 

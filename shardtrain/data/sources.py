@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,15 @@ TOKENS = (".npy", ".bin")
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # of .bin
 
 
-def find(source: str | Sequence[str]) -> list[pathlib.Path]:
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def find(source: Source) -> list[pathlib.Path]:
     """The files of a source: the name of the shipped text, paths, patterns."""
     if source == "king_james":
         return [KING_JAMES]
     files: list[pathlib.Path] = []
-    for name in [source] if isinstance(source, str) else source:
+    for name in [source] if isinstance(source, str | os.PathLike) else source:
         path = pathlib.Path(name).expanduser()
         found = (
             [path]

@@ -60,6 +60,11 @@ def entries_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def size_of(tokenizer: Any) -> int:
+    """The largest id plus one: the rows a table needs. More than the count of entries where ids have gaps."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+
 def end_of_text(tokenizer: Any) -> int | None:
     """The id of the token between documents, if the tokenizer has one."""
     for name in (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"):

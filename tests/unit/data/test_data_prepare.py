@@ -170,7 +170,7 @@ def test_a_truncated_token_file_is_refused(text, tmp_path):
     [
         (None, "no prepared data"),
         ("{", "cannot be read"),
-        ('{"format": 99}', "format 99, this is 1"),
+        ('{"format": 99}', "format 99, this is 2"),
         ("[]", "cannot be read"),
         ("{}", "cannot be read"),
     ],
