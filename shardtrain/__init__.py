@@ -15,6 +15,7 @@ _HOMES = {
     "shardtrain.data": ("ArrayLoader", "TokenLoader"),
     "shardtrain.errors": (
         "CheckpointError",
+        "CompileError",
         "ConfigError",
         "DataError",
         "LaunchError",
@@ -23,7 +24,7 @@ _HOMES = {
         "ShardTrainError",
         "ShardingError",
     ),
-    "shardtrain.mesh": ("init_distributed", "make_mesh", "simulate_devices"),
+    "shardtrain.mesh": ("Target", "init_distributed", "make_mesh", "simulate_devices"),
     "shardtrain.parallel.fsdp": ("gather",),
     "shardtrain.parallel.groups": ("Loss",),
     "shardtrain.plan.fit": ("Run", "fit"),

@@ -2,6 +2,7 @@ from shardtrain.checkpoint import Checkpointer as Checkpointer
 from shardtrain.data import ArrayLoader as ArrayLoader
 from shardtrain.data import TokenLoader as TokenLoader
 from shardtrain.errors import CheckpointError as CheckpointError
+from shardtrain.errors import CompileError as CompileError
 from shardtrain.errors import ConfigError as ConfigError
 from shardtrain.errors import DataError as DataError
 from shardtrain.errors import LaunchError as LaunchError
@@ -9,6 +10,7 @@ from shardtrain.errors import MeshError as MeshError
 from shardtrain.errors import RunError as RunError
 from shardtrain.errors import ShardingError as ShardingError
 from shardtrain.errors import ShardTrainError as ShardTrainError
+from shardtrain.mesh import Target as Target
 from shardtrain.mesh import init_distributed as init_distributed
 from shardtrain.mesh import make_mesh as make_mesh
 from shardtrain.mesh import simulate_devices as simulate_devices

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ShardTrainError(Exception):
     """`message` is one sentence with the numbers; `why` the circumstances; `fix` the way out."""
@@ -53,5 +56,17 @@ class LaunchError(ShardTrainError):
     """Processes could not be started or found."""
 
 
+class CompileError(ShardTrainError):
+    """A target's compiler refused a program: it does not fit, or the compiler failed."""
+
+
 class RunError(ShardTrainError):
     """The run itself failed: the loss is no number, a process died. Not the input's fault."""
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The way out of an unknown name: the closest known one, or all of them, and another way."""
+    names = sorted(k for k in known if k != "*")
+    close = difflib.get_close_matches(name, names, n=1)
+    first = f"'{close[0]}'" if close else f"one of {', '.join(names)}"
+    return f"{first}, or {otherwise}"

@@ -14,8 +14,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
-from shardtrain.errors import ConfigError, RunError, ShardTrainError
-from shardtrain.sharding.names import suggestion
+from shardtrain.errors import ConfigError, RunError, ShardTrainError, suggestion
 
 DONE, FOUND, WRONG_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 75
 

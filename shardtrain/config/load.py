@@ -14,8 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Union
 
 from shardtrain.config.schema import KINDS, RunConfig
-from shardtrain.errors import ConfigError, ShardTrainError
-from shardtrain.sharding.names import suggestion
+from shardtrain.errors import ConfigError, ShardTrainError, suggestion
 
 
 def load_config(name: str) -> RunConfig:

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from shardtrain.config.load import check, flat
 from shardtrain.config.schema import MeshSizes, RunConfig
-from shardtrain.errors import ConfigError
-from shardtrain.sharding.names import suggestion
+from shardtrain.errors import ConfigError, suggestion
 
 PREFIX = "SHARDTRAIN_"
 

@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardtrain.errors import MeshError
+
+AnyMesh = Mesh | AbstractMesh
+"""Of devices that are here, or of a target's."""
 
 AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, outer to inner. `slice` is the slow network between slices or nodes."""
@@ -41,6 +44,13 @@ def make_mesh(
     Source: device order from `jax.experimental.mesh_utils`.
     """
     devices = list(jax.devices() if devices is None else devices)
+    shape = named_sizes(len(devices), dcn=dcn, **sizes)
+    grid = device_grid(shape, devices)
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def named_sizes(count: int, *, dcn: Mapping[str, int] | None = None, **sizes: int) -> dict[str, int]:
+    """Axis sizes for `count` devices, in the order of a mesh; see `make_mesh`."""
     sizes = dict(sizes) or {"data": -1}
     for axis, size in (dcn or {}).items():
         if axis != "data":
@@ -60,9 +70,7 @@ def make_mesh(
                 fix=f"{axis}=-1 for the rest",
             )
     names = [a for a in AXES if a in sizes] + [a for a in sizes if a not in AXES]
-    shape = resolve_sizes({a: sizes[a] for a in names}, len(devices))
-    grid = _device_grid(shape, devices)
-    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return resolve_sizes({a: sizes[a] for a in names}, count)
 
 
 def resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -95,7 +103,8 @@ def resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     return dict(sizes)
 
 
-def _device_grid(shape: Mapping[str, int], devices: list[Any]) -> np.ndarray:
+def device_grid(shape: Mapping[str, int], devices: list[Any]) -> np.ndarray:
+    """The devices in mesh order, neighbours on the interconnect where the hardware says so."""
     sizes = tuple(shape.values())
     if devices[0].platform != "tpu":
         # CPU ids are sparse over processes, so never index by id; hosts stay contiguous.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jax.sharding import Mesh
+
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
@@ -15,7 +17,7 @@ class Chip:
     `flops`: peak dense FLOP/s by dtype. `hbm_bytes`, `hbm_bandwidth` (bytes/s).
     `ici_bandwidth`: bytes/s out of one device, one way, over all its fast links (ICI or NVLink).
     `dcn_bandwidth`: bytes/s out of one device over the network between slices or hosts.
-    `source`: where the figures stand.
+    `source`: where the figures stand. `capability`: CUDA's, of NVIDIA devices.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Chip:
     ici_bandwidth: float
     dcn_bandwidth: float
     source: str
+    capability: str = ""
 
 
 _TPU = "cloud.google.com/tpu/docs/{} (system architecture); DCN per chip: jax-ml.github.io/scaling-book, Hardware"
@@ -72,6 +75,7 @@ CHIPS: dict[str, Chip] = {
             300 * GIGA,
             25 * GIGA,
             "NVIDIA A100 80GB SXM datasheet; NVLink 600 GB/s both ways; one 200 Gbit/s adapter per GPU (DGX A100)",
+            "8.0",
         ),
         Chip(
             "h100",
@@ -88,9 +92,15 @@ CHIPS: dict[str, Chip] = {
             450 * GIGA,
             50 * GIGA,
             "NVIDIA H100 SXM datasheet (dense); NVLink 900 GB/s both ways; one 400 Gbit/s adapter per GPU (DGX H100)",
+            "9.0",
         ),
     )
 }
+
+
+def device_of(mesh: Any) -> Any:
+    """A device of the mesh, or what stands for one: anything with `platform` and `device_kind`."""
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
 
 
 def chip_of(device: Any) -> Chip | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.errors import DataError
-from shardtrain.plan import hlo
+from shardtrain.errors import DataError, MeshError
+from shardtrain.mesh import Target, device_of
+from shardtrain.plan import aot, hlo
 from shardtrain.train.state import TrainState
 from shardtrain.tree import bytes_text, table
 
@@ -27,10 +28,21 @@ def use_compilation_cache() -> None:
 
 
 class Compiled:
-    """A function of `(state, batch)`, compiled. The state may be donated; its shardings are kept."""
+    """A function of `(state, batch)`, compiled. The state may be donated; its shardings are kept.
 
-    def __init__(self, plan: Plan, function: Callable[..., Any], *, donate: bool):
-        self.plan = plan
+    `target`: what it was compiled for; None: the devices of the plan's mesh, on which it can be called.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        function: Callable[..., Any],
+        *,
+        donate: bool,
+        target: Target | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):
+        self.plan, self.target = plan, target
         self._structure = plan.abstract_state.structure
         count = len(plan.abstract_state.leaves)
         self._count = count
@@ -38,23 +50,39 @@ class Compiled:
         self._batch_count = len(batch_leaves)
         shardings = tuple(leaf.sharding for leaf in plan.abstract_state.leaves)
         self._out: Any = None
+        self._program: hlo.Program | None = None
 
         def flat(*leaves: Any) -> tuple[Any, ...]:
             state = TrainState(leaves[:count], self._structure)
             result = function(state, jax.tree.unflatten(batch_structure, leaves[count:]))
             return self._outputs(result)
 
-        self._jitted = jax.jit(
+        self._jitted: Any = jax.jit(
             flat,
             in_shardings=shardings + (plan.batch_sharding,) * len(batch_leaves),
             out_shardings=self._out_shardings(shardings),
             donate_argnums=tuple(range(count)) if donate else (),
+            compiler_options=dict(options) if options and target is None else None,
         )
         abstract = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves
         ]
-        self.lowered = self._jitted.lower(*plan.abstract_state.leaves, *abstract)
-        self.executable = self.lowered.compile()
+        traced = self._jitted.trace(*plan.abstract_state.leaves, *abstract)
+        if target is None:
+            self.lowered = traced.lower()
+            self.executable: Any = self.lowered.compile()
+            return
+        self.lowered = traced.lower(lowering_platforms=(target.platform,))
+        module = self.lowered.compiler_ir("stablehlo")
+        self.executable = aot.compile_for(module, target, plan.mesh.shape, options)
+        self._jitted = self._absent
+
+    def _absent(self, *_: Any) -> Any:
+        raise MeshError(
+            "compiled to be read, not run",
+            where=f"target {self.target}",
+            fix="plan.compile() on a mesh of devices that are here",
+        )
 
     def _out_shardings(self, state: tuple[Any, ...]) -> Any:
         """Shardings of the outputs, where they are known before tracing."""
@@ -90,7 +118,17 @@ class Compiled:
 
     def memory(self) -> Memory:
         """Bytes per device of the compiled program."""
-        return Memory(self.executable.memory_analysis())
+        if self.target is not None:
+            return Memory(self.executable.memory)
+        analysis = self.executable.memory_analysis()
+        names = [*_FIELDS.values(), *(("peak_memory_in_bytes",) if self._platform == "tpu" else ())]
+        return Memory({name: getattr(analysis, name) for name in names})
+
+    def program(self) -> hlo.Program:
+        """The compiled program, read: collectives, FLOPs, loops, source lines."""
+        if self._program is None:
+            self._program = hlo.read(self.hlo(), self.plan.mesh)
+        return self._program
 
     def collectives(self) -> hlo.Collectives:
         """Every collective of the compiled program, by mesh axis."""
@@ -99,6 +137,17 @@ class Compiled:
     def hlo(self) -> str:
         """The optimized HLO text."""
         return self.executable.as_text() or ""
+
+    @property
+    def source(self) -> str:
+        """Whose program the numbers were counted in."""
+        if self.target is not None:
+            return self.executable.source
+        return f"counted in the program compiled by jaxlib {jax.lib.__version__} for {self._platform}"
+
+    @property
+    def _platform(self) -> str:
+        return device_of(self.plan.mesh).platform
 
 
 class Step(Compiled):
@@ -124,22 +173,24 @@ class EvalStep(Compiled):
         super().__init__(plan, function, donate=False)
 
 
+_FIELDS = {
+    "arguments": "argument_size_in_bytes",
+    "outputs": "output_size_in_bytes",
+    "aliased": "alias_size_in_bytes",
+    "temporaries": "temp_size_in_bytes",
+}
+
+
 class Memory(dict[str, int]):
     """Bytes per device: `arguments`, `outputs`, `aliased` (donated), `temporaries`, `peak`.
 
     Peak is what the compiler says on TPU; elsewhere arguments + outputs - aliased + temporaries.
     """
 
-    def __init__(self, analysis: Any):
-        arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
-        aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-        super().__init__(
-            arguments=arguments,
-            outputs=outputs,
-            aliased=aliased,
-            temporaries=temporaries,
-            peak=arguments + outputs - aliased + temporaries,
-        )
+    def __init__(self, sizes: Mapping[str, int]):
+        parts = {name: int(sizes[field]) for name, field in _FIELDS.items()}
+        total = parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temporaries"]
+        super().__init__(**parts, peak=int(sizes.get("peak_memory_in_bytes", 0)) or total)
 
     def __str__(self) -> str:
         return table(("memory", "per device"), [(k, bytes_text(v)) for k, v in self.items()])

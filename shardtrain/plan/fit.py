@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from shardtrain.checkpoint import Checkpointer, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
-from shardtrain.mesh import chip_of
+from shardtrain.mesh import AnyMesh, chip_of, device_of
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
 from shardtrain.parallel.presets import fsdp_tensor
 from shardtrain.plan.plan import Plan, plan
@@ -260,6 +260,6 @@ def _flops(made: Plan, per_row: float | None) -> float:
     return made.global_batch * (per_row if per_row is not None else 6.0 * made.parameter_count)
 
 
-def _peak(mesh: Mesh) -> float | None:
-    chip = chip_of(mesh.devices.flat[0])
+def _peak(mesh: AnyMesh) -> float | None:
+    chip = chip_of(device_of(mesh))
     return chip.flops["bf16"] * mesh.size if chip else None

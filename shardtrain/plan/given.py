@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from shardtrain.errors import ConfigError, DataError, ShardTrainError
+from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.groups import Loss, as_loss
 from shardtrain.parallel.remat import uses_remat
 from shardtrain.plan.model import FROZEN, VARIABLES, Model
@@ -45,7 +45,7 @@ def device_dtype(dtype: Any) -> Any:
 
 
 def group_count(
-    batch: Any, mesh: Mesh, rules: Rules, microbatches: int, groups: int | None
+    batch: Any, mesh: AnyMesh, rules: Rules, microbatches: int, groups: int | None
 ) -> tuple[int, int]:
     named = flatten(batch)
     if not named:

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.errors import ShardingError
+from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard
 from shardtrain.sharding.rules import ANY, SMALL, Rules, mesh_text, resolve, spec_axes
 from shardtrain.tree import bytes_text, flatten, table
@@ -29,16 +30,16 @@ class Leaf:
     optimizer: PartitionSpec
     shard: Shard
 
-    def bytes_per_device(self, mesh: Mesh) -> int:
+    def bytes_per_device(self, mesh: AnyMesh) -> int:
         """Of the parameter itself."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize // _parts(self.spec, mesh)
 
 
-def _parts(spec: PartitionSpec, mesh: Mesh) -> int:
+def _parts(spec: PartitionSpec, mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[a] for a in spec_axes(spec))
 
 
-def check_mesh(mesh: Mesh, rules: Rules) -> None:
+def check_mesh(mesh: AnyMesh, rules: Rules) -> None:
     """Every mesh axis of more than one device must carry something under the rules."""
     used = rules.mesh_axes()
     for axis, size in mesh.shape.items():
@@ -56,7 +57,7 @@ def parameter_leaves(
     axes: Mapping[str, tuple[str | None, ...] | None],
     *,
     rules: Rules,
-    mesh: Mesh,
+    mesh: AnyMesh,
     stacks: frozenset[str],
     dtypes: tuple[Any, Any, Any],
 ) -> dict[str, Leaf]:
@@ -101,7 +102,7 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _check_replicated(leaves: Mapping[str, Leaf], rules: Rules, mesh: Mesh) -> None:
+def _check_replicated(leaves: Mapping[str, Leaf], rules: Rules, mesh: AnyMesh) -> None:
     wanted = {a for axes in rules.params.values() for a in axes if mesh.shape.get(a, 1) > 1}
     used = {a for leaf in leaves.values() for a in spec_axes(leaf.spec)}
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
@@ -148,7 +149,7 @@ def optimizer_specs(abstract: Any, leaves: Mapping[str, Leaf]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), [spec(p, leaf) for p, leaf in names.items()])
 
 
-def with_sharding(abstract: Any, specs: Any, mesh: Mesh) -> Any:
+def with_sharding(abstract: Any, specs: Any, mesh: AnyMesh) -> Any:
     """The abstract tree with a `NamedSharding` on every leaf."""
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
@@ -157,7 +158,7 @@ def with_sharding(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     )
 
 
-def report(leaves: Mapping[str, Leaf], mesh: Mesh, rules: Rules, state_bytes: int) -> str:
+def report(leaves: Mapping[str, Leaf], mesh: AnyMesh, rules: Rules, state_bytes: int) -> str:
     """A table: path, shape, logical axes, spec, bytes per device."""
     rows = [
         (

@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.errors import ConfigError, DataError, ShardingError
+from shardtrain.errors import ConfigError, DataError, ShardingError, suggestion
+from shardtrain.mesh import Target, device_of
+from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.groups import group_order
 from shardtrain.parallel.presets import PRESETS, fsdp_tensor
+from shardtrain.plan import aot
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
 from shardtrain.plan.given import device_dtype, group_count, group_loss, watch
 from shardtrain.plan.model import FROZEN, Model, as_model
 from shardtrain.sharding import Annotations, Rules, annotate, context
-from shardtrain.sharding.names import suggestion
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.state import TrainState, cursor_words
 from shardtrain.train.step import StepParts, evaluate_step, gradients, train_step
@@ -38,7 +40,7 @@ def plan(
     optimizer: optax.GradientTransformation,
     *,
     batch: Any,
-    mesh: Mesh,
+    mesh: AnyMesh,
     rules: Rules | str = fsdp_tensor,
     microbatches: int = 1,
     groups: int | None = None,
@@ -73,6 +75,22 @@ def plan(
     Raises:
         ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
     """
+    again = lambda mesh: plan(  # noqa: E731
+        model,
+        loss_fn,
+        optimizer,
+        batch=batch,
+        mesh=mesh,
+        rules=rules,
+        microbatches=microbatches,
+        groups=groups,
+        precision=precision,
+        wire_dtype=wire_dtype,
+        reduce_dtype=reduce_dtype,
+        trainable=trainable,
+        annotations=annotations,
+        learning_rate=learning_rate,
+    )
     if isinstance(rules, str):
         if rules not in PRESETS:
             raise ShardingError(
@@ -106,7 +124,7 @@ def plan(
         axes = annotations.apply({p: leaf.shape for p, leaf in named.items()}, axes)
 
     compute = PRECISIONS[precision]
-    platform = mesh.devices.flat[0].platform
+    platform = device_of(mesh).platform
     wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
     stacks, own_remat = watch(loss, params, model_state, group_batch, rules)
@@ -134,6 +152,7 @@ def plan(
         own_remat=own_remat,
         learning_rate=learning_rate,
         abstract_state=_abstract_state(adapted, params, model_state, optimizer, leaves, mesh),
+        again=again,
     )
 
 
@@ -143,7 +162,7 @@ def _abstract_state(
     model_state: Any,
     optimizer: Any,
     leaves: Mapping[str, layouts.Leaf],
-    mesh: Mesh,
+    mesh: AnyMesh,
 ) -> TrainState:
     whole = PartitionSpec()
     by_path = lambda tree: jax.tree.unflatten(  # noqa: E731
@@ -185,7 +204,7 @@ class Plan:
     adapter: Model
     loss_fn: Callable[..., Any]
     optimizer: optax.GradientTransformation
-    mesh: Mesh
+    mesh: AnyMesh
     rules: Rules
     microbatches: int
     groups: int
@@ -197,6 +216,7 @@ class Plan:
     own_remat: bool
     learning_rate: Any
     abstract_state: TrainState
+    again: Callable[[Any], Plan]
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -349,16 +369,40 @@ class Plan:
         )
         return jax.tree.map(lambda g: g / scalars[1], grads), scalars[0] / scalars[1]
 
-    def compile(self, *, donate: bool = True) -> Step:
+    def compile(
+        self,
+        *,
+        donate: bool = True,
+        target: Target | str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Step:
         """The compiled training step: `state, metrics = step(state, plan.put(batch))`.
 
         Args:
             donate: reuse the memory of the old state for the new one.
+            target: hardware that need not be here, such as `"v5e:2x4"`: the step is compiled by its compiler in
+                another process and can be read (memory, collectives, audit), not called. The mesh keeps its
+                axis sizes, whatever devices the plan was made on.
+            options: XLA compiler options, over `plan.aot.OPTIONS` for a target.
 
-        Uses JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`, else the user's cache folder).
+        Uses JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`, else the user's cache folder); for
+        a target, a cache of our own by content.
+
+        Raises:
+            ConfigError: the target's compiler is not installed.
+            MeshError: the target has another number of devices than the mesh.
+            CompileError: it does not fit the target, or its compiler failed.
         """
-        use_compilation_cache()
-        return Step(self, self.step, donate=donate)
+        if target is None:
+            use_compilation_cache()
+            return Step(self, self.step, donate=donate, options=options)
+        target = Target(target)
+        there = self.on(aot.mesh_for(target, self.mesh.shape))
+        return Step(there, there.step, donate=donate, target=target, options=options)
+
+    def on(self, mesh: AnyMesh) -> Plan:
+        """The same plan on another mesh: same model, loss, optimizer, rules, groups where they divide."""
+        return self if mesh == self.mesh else self.again(mesh)
 
     def compile_eval(self, loss_fn: Callable[..., Any] | None = None) -> EvalStep:
         """Sums of loss and weight over one batch, without dropout: `evaluate(state, plan.put(batch))`."""

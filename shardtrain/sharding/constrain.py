@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.errors import ShardingError
+from shardtrain.errors import ShardingError, suggestion
 from shardtrain.sharding import context
-from shardtrain.sharding.names import suggestion
 
 
 def logical(initializer: Callable[..., jax.Array], *axes: str | None) -> Callable[..., Any]:
@@ -47,9 +46,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         ShardingError: more axes than dims, an axis that no rule knows, a dim that does not divide,
             or two dims on one mesh axis.
     """
+    spec = spec_of(x, *axes)
+    return x if spec is None else place(x, spec, context.current())
+
+
+def spec_of(x: jax.Array, *axes: str | None) -> PartitionSpec | None:
+    """The spec that `constrain` would pin, over the mesh axes that are free; None where it would do nothing."""
     layout = context.current()
     if layout is None:
-        return x
+        return None
     if len(axes) > x.ndim:
         raise ShardingError(
             f"{len(axes)} logical axes {axes} for an array of {x.ndim} dims {x.shape}",
@@ -101,12 +106,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
                 f"or rules.override(activations={{'{name}': None}})",
             )
         dims.append(free[0] if len(free) == 1 else free or None)
-    if layout.mesh is None:
-        return x
-    return place(x, PartitionSpec(*dims), layout)
+    return None if layout.mesh is None else PartitionSpec(*dims)
 
 
-def place(x: jax.Array, spec: PartitionSpec, layout: context.Layout) -> jax.Array:
+def place(x: jax.Array, spec: PartitionSpec, layout: Any) -> jax.Array:
     """`with_sharding_constraint` that also works where some axes are manual."""
     mesh: Any = layout.mesh
     if layout.manual:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from shardtrain.mesh.build import AnyMesh
+
 _layout = jax.make_user_context(default_value=None)
 
 
@@ -26,7 +28,7 @@ class Layout:
     `gathered`: filled by `gather` with the path prefixes that the model makes whole itself.
     """
 
-    mesh: jax.sharding.Mesh | None
+    mesh: AnyMesh | None
     activations: Mapping[str, tuple[str, ...]]
     manual: frozenset[str] = frozenset()
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from shardtrain.errors import ShardingError
-from shardtrain.sharding.names import suggestion
+from shardtrain.errors import ShardingError, suggestion
+from shardtrain.mesh.build import AnyMesh
 
 ANY = "*"  # in a map of parameters: whichever one dim of the leaf divides
 SMALL = 4096  # elements; smaller leaves are not spread by "*", their gather would cost more than they hold
@@ -99,7 +99,7 @@ class Rules:
         maps = [self.params, self.activations, self.optimizer or {}]
         return {axis for rules in maps for axes in rules.values() for axis in axes}
 
-    def batch_axes(self, mesh: Mesh) -> tuple[str, ...]:
+    def batch_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
         """Mesh axes over which the rows of the batch are divided."""
         return tuple(a for a in self.activations.get("batch", ()) if mesh.shape.get(a, 1) > 1)
 
@@ -109,7 +109,7 @@ def resolve(
     shape: tuple[int, ...],
     logical: Sequence[str | None] | None,
     rules: Mapping[str, tuple[str, ...]],
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     pick: str = "leading",
     stacked: bool = False,
@@ -183,7 +183,7 @@ def _word(name: str) -> str:
     return name if name.isidentifier() else f"**{{'{name}': ...}}"
 
 
-def mesh_text(mesh: Mesh) -> str:
+def mesh_text(mesh: AnyMesh) -> str:
     """`data=2 tensor=4`."""
     return " ".join(f"{a}={n}" for a, n in mesh.shape.items())
 

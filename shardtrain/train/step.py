@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard, gather_leaf, reduce_leaf, varying
 from shardtrain.parallel.groups import Loss, group_key
 from shardtrain.parallel.remat import remat
@@ -39,7 +40,7 @@ class StepParts:
     `merges`: path of a variable -> mean, sum or last.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     layout: context.Layout
     batch_axes: tuple[str, ...]
     shards: Mapping[str, Shard]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from shardtrain.mesh import chip_of, device_of
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.models.layers.rotary import rotate
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain, context
+from shardtrain.sharding.constrain import spec_of
 
 CHUNK = 1024  # queries at a time where no fused kernel keeps the scores out of memory
 
@@ -105,8 +108,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUN
     On NVIDIA GPUs with 16-bit values this is cuDNN's flash attention.
     """
     length = q.shape[1]
-    if jax.default_backend() == "gpu" and has_flash(_device(), q):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if has_flash(_device(), q):
+        return _flash(q, k, v)
     if length <= chunk:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
@@ -123,9 +126,31 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUN
     return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
 
 
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's attention, on each device's own rows and heads: nothing is left to the partitioner."""
+    kernel = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    q_spec, kv_spec = (
+        spec_of(x, "batch", "seq_block", h, "head_dim") for x, h in ((q, "heads"), (k, "kv_heads"))
+    )
+    layout = context.current()
+    if q_spec is None or layout is None or layout.mesh is None:
+        return kernel(q, k, v)
+    free = {a for a in layout.mesh.shape if a not in layout.manual}
+    return jax.shard_map(
+        kernel,
+        mesh=None if layout.manual else layout.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec),
+        out_specs=q_spec,
+        axis_names=free,
+        check_vma=False,
+    )(q, k, v)
+
+
 def has_flash(device: Any, q: jax.Array) -> bool:
     """Whether cuDNN's attention takes `q` on this device: NVIDIA from Ampere on, 16 bits, heads to 128 wide."""
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD says "gfx942", others nothing
+    if not capability and device.platform == "gpu":  # stands for a chip that is not here
+        capability = getattr(chip_of(device), "capability", "")
     modern = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
     narrow = q.dtype in (jnp.bfloat16, jnp.float16)
     return modern and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
@@ -134,7 +159,7 @@ def has_flash(device: Any, q: jax.Array) -> bool:
 def _device() -> Any:
     """A device of the kind that the trace under way is for."""
     layout = context.current()
-    return jax.devices()[0] if layout is None or layout.mesh is None else layout.mesh.devices.flat[0]
+    return jax.devices()[0] if layout is None or layout.mesh is None else device_of(layout.mesh)
 
 
 def _attend_cache(q: jax.Array, cache: Cache, position: jax.Array | int) -> jax.Array:
