@@ -218,6 +218,49 @@ class Plan:
     abstract_state: TrainState
     again: Callable[[Any], Plan]
 
+    # --- what it means for bytes ------------------------------------------------------------------
+
+    @property
+    def compute(self) -> Any:
+        """Dtype of parameters and activations inside the loss."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def group_batch(self) -> Any:
+        """Shapes that one call of the loss sees."""
+        rows = self.global_batch // self.groups
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype), self.batch)
+
+    @property
+    def group_loss(self) -> Callable[..., Any]:
+        """The loss of one group as a pure function, see `plan.given`."""
+        return group_loss(self.adapter, self.loss_fn, self.global_batch // self.groups, train=True)
+
+    @property
+    def regathers(self) -> bool:
+        """Whether weights that were made whole before the loss are gathered again for the backward.
+
+        A remat around everything would override the model's own, and a scanned stack needs none.
+        """
+        sharded = any(leaf.shard.dim is not None for leaf in self.leaves.values())
+        return sharded and not self.stacks and not self.own_remat
+
+    @property
+    def held(self) -> bool:
+        """Whether weights are gathered once for the whole step, see `Rules.hold`."""
+        return False
+
+    @property
+    def tables(self) -> Mapping[str, int]:
+        """Path of a table whose rows are exchanged (`st.lookup`) -> rows looked up per device and step."""
+        return {}
+
+    @property
+    def sequence_divided(self) -> bool:
+        """Whether the residual stream is divided along the sequence between blocks."""
+        axes = self.rules.activations.get("seq", ())
+        return any(self.mesh.shape.get(a, 1) > 1 and a not in self._batch_axes for a in axes)
+
     # --- state -----------------------------------------------------------------------------------
 
     def init(self, seed: int = 0) -> TrainState:
@@ -343,11 +386,7 @@ class Plan:
                 self.adapter, loss_fn or self.loss_fn, self.global_batch // self.groups, train=train
             ),
             merges=self.adapter.merges,
-            # A remat around everything would override the model's own, and a scanned stack needs none.
-            regather=train
-            and not self.stacks
-            and not self.own_remat
-            and any(shard.dim is not None for shard in shards.values()),
+            regather=train and self.regathers,
         )
 
     def _rate(self, opt_state: Any, step: jax.Array) -> Any:

@@ -1,0 +1,215 @@
+"""The least bytes that a layout has to send, per device and step, with their derivation.
+
+For a group of n devices, f = (n-1)/n and X bytes of the whole array, a ring sends f*X for an all-gather, a
+reduce-scatter or an all-to-all and 2f*X for an all-reduce; no algorithm sends less per device (Patarasuk and
+Yuan, Bandwidth optimal all-reduce, 2009). The terms:
+
+weights      a leaf divided over batch axes (fsdp) is gathered in the wire dtype: f*X for every call of the loss,
+             and again for its backward where gathered weights are not kept (declared by the model's scan, or by
+             our remat of an unrolled one); vectors are small enough to be kept. Rules that hold weights for a
+             step gather them once. Rajbhandari et al., ZeRO (arXiv 1910.02054), stage 3: 3f*X in all.
+gradients    of such a leaf leave each call by a reduce-scatter in the reduce dtype, f*X; those of held or whole
+             leaves leave once a step: all-reduce 2f*X, or reduce-scatter f*X where the optimizer's copy is divided.
+             Over slice and data an all-reduce of 2f*X with n = slices x data, of which only 2(s-1)/s * X/d
+             crosses slices (reduce-scatter within, all-reduce across, all-gather within).
+updates      an updated parameter that is whole while its optimizer state is divided: all-gather f*X, as stored.
+tables       a leaf that is only looked up in, where the model lets us (st.lookup): all-gather of the token ids and
+             an all-to-all of the rows, forward and backward, where that is less than gathering the table.
+activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
+             scatter where the residual stream is divided along the sequence, and f*A more for every input that
+             the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
+
+Scalars (loss, norms) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from shardtrain.plan.layout import Leaf, in_stack
+from shardtrain.plan.traffic import Traffic, divided_dims, traffic
+from shardtrain.sharding.rules import spec_axes
+from shardtrain.tree import bytes_text, flatten, table
+
+if TYPE_CHECKING:
+    from shardtrain.plan.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """`bytes` sent per device and step by `op` over `axes`, and why."""
+
+    what: str
+    op: str
+    axes: tuple[str, ...]
+    bytes: float
+    formula: str
+
+    @property
+    def axis(self) -> str:
+        return "+".join(self.axes)
+
+
+class Minimum(list[Term]):
+    """Terms of one layout."""
+
+    @property
+    def bytes(self) -> float:
+        """Per device and step."""
+        return sum(t.bytes for t in self)
+
+    def by_axis(self) -> dict[str, float]:
+        """Axis -> bytes."""
+        totals: dict[str, float] = {}
+        for term in self:
+            totals[term.axis] = totals.get(term.axis, 0.0) + term.bytes
+        return totals
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [{**dataclasses.asdict(t), "axes": list(t.axes)} for t in self]
+
+    def __str__(self) -> str:
+        if not self:
+            return "nothing has to be sent"
+        rows = [(t.what, t.op, t.axis, bytes_text(t.bytes), t.formula) for t in self]
+        rows.append(("all", "", "", bytes_text(self.bytes), ""))
+        return table(("minimum", "collective", "axis", "per device", "derivation"), rows)
+
+
+def minimum(plan: Plan) -> Minimum:
+    """The least that the plan's step sends per device, from shapes, dtypes and specs alone."""
+    terms: dict[tuple[str, str, tuple[str, ...], str], float] = {}
+
+    def add(what: str, op: str, axes: tuple[str, ...], size: float, formula: str) -> None:
+        if axes and size:
+            terms[what, op, axes, formula] = terms.get((what, op, axes, formula), 0.0) + size
+
+    carried = _traffic(plan)
+    trained = flatten(plan.abstract_state.params)
+    calls = plan.microbatches
+    for path, leaf in plan.leaves.items():
+        _weights(plan, leaf, path in trained, calls, carried, add)
+        if path in trained:
+            _gradients(plan, leaf, calls, add)
+    _activations(plan, carried, calls, add)
+    return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
+
+
+def _parts(plan: Plan, axes: Any) -> int:
+    return math.prod(plan.mesh.shape[a] for a in axes)
+
+
+def _share(n: int) -> float:
+    return (n - 1) / n
+
+
+def _automatic(leaf: Leaf) -> set[str]:
+    return spec_axes(leaf.shard.spec)
+
+
+def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, carried: Traffic, add: Any) -> None:
+    shard = leaf.shard
+    if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return
+    share = _share(_parts(plan, shard.axes))
+    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf))
+    wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
+    stacked = in_stack(leaf.path, plan.stacks)
+    matrix = len(leaf.shape) - stacked > 1
+    if plan.held:
+        add("weights of the step", "all-gather", shard.axes, share * wire, "f*X")
+        return
+    if leaf.path in plan.tables and leaf.path in carried.lookups:
+        rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, _automatic(leaf))
+        moved = share * rows * width * jnp.dtype(shard.compute).itemsize
+        add("table: ids", "all-gather", shard.axes, share * rows * _parts(plan, shard.axes) * 4, "f*n*T*4")
+        add(
+            "table: rows",
+            "all-to-all",
+            shard.axes,
+            moved * (2 if trained else 1),
+            "f*T*D forward and backward",
+        )
+        return
+    times = "" if calls == 1 else f"{calls} x "
+    add("weights forward", "all-gather", shard.axes, calls * share * wire, f"{times}f*X")
+    if matrix and (stacked or plan.regathers) and trained:
+        add("weights backward", "all-gather", shard.axes, calls * share * wire, f"{times}f*X")
+    if trained:
+        add("gradients", "reduce-scatter", shard.axes, calls * share * back, f"{times}f*X")
+
+
+def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
+    shard = leaf.shard
+    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf)) * jnp.dtype(shard.reduce).itemsize
+    inside = () if plan.held or shard.dim is None else shard.axes
+    rest = [a for a in plan.rules.batch_axes(plan.mesh) if a not in inside]
+    size /= _parts(plan, inside)
+    scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))
+    if scattered:
+        share = _share(_parts(plan, scattered))
+        add("gradients", "reduce-scatter", scattered, share * size, "f*X")
+        size /= _parts(plan, scattered)
+        whole = tuple(a for a in scattered if a not in spec_axes(leaf.spec))
+        if whole:
+            stored = math.prod(leaf.shape) / _parts(plan, spec_axes(leaf.spec)) * leaf.dtype.itemsize
+            add("updates", "all-gather", whole, _share(_parts(plan, whole)) * stored, "f*X")
+        rest = [a for a in rest if a not in scattered]
+    if "slice" in rest and len(rest) > 1:
+        within = tuple(a for a in rest if a != "slice")
+        n = _parts(plan, within)
+        add("gradients within a slice", "all-reduce", within, 2 * _share(n) * size, "2f*X")
+        size, rest = size / n, ["slice"]
+    if rest:
+        share = _share(_parts(plan, rest))
+        add("gradients", "all-reduce", tuple(rest), 2 * share * size, "2f*X")
+
+
+def _traffic(plan: Plan) -> Traffic:
+    tensor = frozenset(a for a in plan.mesh.shape if a not in plan.rules.batch_axes(plan.mesh))
+    names = {path: leaf.logical or () for path, leaf in plan.leaves.items()}
+    return traffic(
+        plan.group_loss,
+        plan.abstract_state.params,
+        plan.abstract_state.model_state,
+        plan.group_batch,
+        {path: divided_dims(leaf.spec, tensor) for path, leaf in plan.leaves.items()},
+        {path: frozenset(d for d, n in enumerate(axes) if n == "vocab") for path, axes in names.items()},
+        plan.rules.activations,
+        plan.compute,
+    )
+
+
+def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
+    axes = tuple(
+        a for a in plan.mesh.shape if a not in plan.rules.batch_axes(plan.mesh) and plan.mesh.shape[a] > 1
+    )
+    if not axes or not carried.edges:
+        return
+    share = _share(_parts(plan, axes))
+    outputs = calls * carried.total("output", "lookup")
+    inputs = calls * carried.total("input")
+    if plan.sequence_divided:
+        add("activations forward", "reduce-scatter", axes, share * outputs, "f*A per output")
+        add("activations forward", "all-gather", axes, share * inputs, "f*A per input")
+        add("activations backward", "all-gather", axes, share * outputs, "f*A per output")
+        add("activations backward", "reduce-scatter", axes, share * inputs, "f*A per input")
+        again = calls * sum(
+            e.bytes for e in carried.edges if e.kind == "input" and in_stack(e.path, plan.stacks)
+        )
+        add(
+            "activations again",
+            "all-gather",
+            axes,
+            share * again,
+            "f*A per input gathered again for its weight",
+        )
+    else:
+        add("activations forward", "all-reduce", axes, 2 * share * outputs, "2f*A per output")
+        add("activations backward", "all-reduce", axes, 2 * share * inputs, "2f*A per input")
+    scalars = calls * carried.total("head")
+    add("softmax of the head", "all-reduce", axes, 3 * 2 * share * scalars, "2f * 3 float32 scalars a token")

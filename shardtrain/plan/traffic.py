@@ -1,0 +1,269 @@
+"""What the tensor axis has to carry, from the loss as it was traced for one device.
+
+A matrix product whose weight is divided along the contracted dim leaves a partial sum: its output is reduced
+in the forward. One whose weight is divided along another dim leaves the gradient of its other operand as a
+partial sum: that is reduced in the backward, once however many weights share the operand. A lookup in a
+table divided along its rows is reduced in the forward. Nothing else has to cross (Megatron-LM).
+
+Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053), section 3. Held by tests/unit/plan/test_minimum.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from shardtrain.plan.model import FROZEN, VARIABLES
+from shardtrain.sharding import context
+from shardtrain.tree import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """One activation that crosses the axis: `bytes` of it for one group, all runs of a loop together.
+
+    `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
+    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens).
+    """
+
+    kind: str
+    path: str
+    bytes: float
+    forward: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """`edges` over the tensor axes; `lookups`: paths of parameters that are only ever looked up in."""
+
+    edges: tuple[Edge, ...]
+    lookups: frozenset[str]
+
+    def total(self, *kinds: str) -> float:
+        """Bytes of the edges of these kinds."""
+        return sum(e.bytes for e in self.edges if e.kind in kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A value that is a parameter, moved or converted: which of its dims the axis divides."""
+
+    path: str
+    divided: frozenset[int]
+    vocab: frozenset[int]
+
+
+_SAME = {
+    "convert_element_type",
+    "copy",
+    "optimization_barrier",
+    "sharding_constraint",
+    "name",
+    "pcast",
+    "pvary",
+}
+_LOOSE = {*_SAME, "reshape", "transpose", "squeeze", "expand_dims", "reduce_precision"}
+
+
+def traffic(
+    loss: Callable[..., Any],
+    params: Any,
+    model_state: Mapping[str, Any],
+    batch: Any,
+    divided: Mapping[str, frozenset[int]],
+    vocab: Mapping[str, frozenset[int]],
+    activations: Mapping[str, Any],
+    compute: Any,
+) -> Traffic:
+    """Trace the loss of one group in the compute dtype and collect what crosses.
+
+    Args:
+        loss: see `plan.given.group_loss`.
+        divided: path -> dims that the tensor axes divide. vocab: path -> those whose logical axis is vocab.
+    """
+    as_compute = lambda x: (  # noqa: E731
+        jax.ShapeDtypeStruct(x.shape, compute) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    )
+    params = jax.tree.map(as_compute, params)
+    frozen = jax.tree.map(as_compute, model_state.get(FROZEN, {}))
+    with context.use(context.Layout(mesh=None, activations=activations)):
+        closed = jax.make_jaxpr(loss)(
+            params, frozen, model_state.get(VARIABLES, {}), jax.random.key(0), batch
+        )
+    paths = [*flatten(params), *flatten(frozen)]
+    walk, count = _Walk(), len(flatten(params))
+    values = [
+        _Value(_Weight(path, divided.get(path, frozenset()), vocab.get(path, frozenset())), index < count)
+        for index, path in enumerate(paths)
+    ]
+    values += [_Value()] * (len(closed.jaxpr.invars) - len(values))
+    walk.run(closed.jaxpr, values, 1)
+    edges = tuple(walk.edges)
+    return Traffic(edges, frozenset(p for p, uses in walk.uses.items() if uses == {"lookup"}))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Value:
+    """What one variable is. Values that are the same but for a move share their `root`."""
+
+    weight: _Weight | None = None
+    grad: bool = False
+    root: object = dataclasses.field(default_factory=object)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.edges: list[Edge] = []
+        self.uses: dict[str, set[str]] = {}
+        self._seen: set[object] = set()
+
+    def run(self, jaxpr: Any, inputs: list[_Value], times: int) -> list[_Value]:
+        """Follow one jaxpr; returns its outputs."""
+        known: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        value = lambda v: _Value() if hasattr(v, "val") else known.get(v, _Value())  # noqa: E731
+        for eqn in jaxpr.eqns:
+            name, ins, inner = eqn.primitive.name, [value(v) for v in eqn.invars], _inner(eqn)
+            if name == "scan":
+                outs = self._scan(eqn, ins, times)
+            elif inner is not None:
+                fill = [_Value()] * (len(inner.invars) - len(ins))
+                outs = self.run(inner, (fill + ins)[len(fill) + len(ins) - len(inner.invars) :], times)
+            else:
+                outs = self._plain(eqn, ins, times)
+            known.update(zip(eqn.outvars, outs, strict=True))
+        return [value(v) for v in jaxpr.outvars]
+
+    def _plain(self, eqn: Any, ins: list[_Value], times: int) -> list[_Value]:
+        name, first, rest = eqn.primitive.name, ins[0] if ins else _Value(), ins[1:]
+        made = _Value(None, any(v.grad for v in ins), first.root if name in _LOOSE else object())
+        if name == "dot_general":
+            self._dot(eqn, ins, times)
+        elif name == "gather" and first.weight is not None:
+            self._lookup(eqn, first.weight, times)
+        elif first.weight is not None:
+            made = dataclasses.replace(made, weight=_moved(eqn, first.weight))
+            if made.weight is None:
+                rest = ins
+        for v in rest if name != "dot_general" else []:
+            if v.weight is not None:
+                self.uses.setdefault(v.weight.path, set()).add(name)
+        return [made, *[_Value(None, made.grad) for _ in eqn.outvars[1:]]]
+
+    def _scan(self, eqn: Any, ins: list[_Value], times: int) -> list[_Value]:
+        body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        # Which operands are constants, carries or slices shows in the shapes, on every version of JAX.
+        sliced = sum(_shape(a) != _shape(b) for a, b in zip(eqn.invars, body.invars, strict=True))
+        carried = sum(_shape(a) == _shape(b) for a, b in zip(eqn.outvars, body.outvars, strict=True))
+        first = len(ins) - sliced
+        inside = [v if i < first else _Value(_layer(v.weight), v.grad) for i, v in enumerate(ins)]
+        # Once to learn which carries need gradients, then for good.
+        after = _Walk().run(body, inside, 0)
+        for i in range(carried):
+            v = inside[first - carried + i]
+            inside[first - carried + i] = _Value(v.weight, v.grad or after[i].grad, v.root)
+        outs = self.run(body, inside, times * eqn.params["length"])
+        return [_Value(None, v.grad) for v in outs]
+
+    def _dot(self, eqn: Any, ins: list[_Value], times: int) -> None:
+        for side in (0, 1):
+            weight, other = ins[side].weight, 1 - side
+            if weight is None:
+                continue
+            self.uses.setdefault(weight.path, set()).add("dot")
+            shape = eqn.invars[other].aval.shape
+            contracted = [set(dims) for dims in eqn.params["dimension_numbers"][0]]
+            if weight.divided & contracted[side]:
+                self.edges.append(Edge("output", weight.path, times * _bytes(eqn.outvars[0]), True))
+            elif weight.divided:
+                root = ins[other].root
+                if ins[other].grad and ins[other].weight is None and root not in self._seen:
+                    self._seen.add(root)
+                    self.edges.append(Edge("input", weight.path, times * _bytes(eqn.invars[other]), False))
+                if weight.divided & weight.vocab:
+                    rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
+                    self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
+
+    def _lookup(self, eqn: Any, weight: _Weight, times: int) -> None:
+        self.uses.setdefault(weight.path, set()).add("lookup")
+        looked = set(eqn.params["dimension_numbers"].start_index_map)
+        if weight.divided & looked:
+            self.edges.append(Edge("lookup", weight.path, times * _bytes(eqn.outvars[0]), True))
+
+
+def _inner(eqn: Any) -> Any:
+    """The jaxpr that a call, checkpoint or custom rule stands for."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        found = eqn.params.get(key)
+        if found is not None and eqn.primitive.name != "scan":
+            return getattr(found, "jaxpr", found)
+    if eqn.primitive.name == "cond":
+        return getattr(eqn.params["branches"][-1], "jaxpr", None)
+    return None
+
+
+def _layer(weight: _Weight | None) -> _Weight | None:
+    """One slice of a stack, as a scan's body sees it."""
+    if weight is None:
+        return None
+    less = lambda dims: frozenset(d - 1 for d in dims)  # noqa: E731
+    return dataclasses.replace(weight, divided=less(weight.divided), vocab=less(weight.vocab))
+
+
+def _moved(eqn: Any, weight: _Weight) -> _Weight | None:
+    """The same parameter after an operation that only moves or converts it."""
+    name, keep = eqn.primitive.name, lambda dims: weight
+    if name in _SAME:
+        return weight
+    if name == "transpose":
+        order = list(eqn.params["permutation"])
+        keep = lambda dims: frozenset(order.index(d) for d in dims)  # noqa: E731
+    elif name in ("slice", "dynamic_slice"):
+        return weight
+    elif name == "squeeze":
+        gone = eqn.params["dimensions"]
+        keep = lambda dims: frozenset(d - sum(g < d for g in gone) for d in dims if d not in gone)  # noqa: E731
+    elif name in ("reshape", "broadcast_in_dim"):
+        before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        keep = lambda dims: frozenset(  # noqa: E731
+            d for d in (_position(before, after, d) for d in dims) if d is not None
+        )
+        if name == "broadcast_in_dim":
+            keep = lambda dims: frozenset(eqn.params["broadcast_dimensions"][d] for d in dims)  # noqa: E731
+    else:
+        return None
+    return dataclasses.replace(weight, divided=keep(weight.divided), vocab=keep(weight.vocab))
+
+
+def _position(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> int | None:
+    """Where a dim begins after a reshape: the dim with as many elements before it."""
+    ahead, total = math.prod(before[:dim]), 1
+    for position, size in enumerate(after):
+        if total == ahead and size != 1:
+            return position
+        if total > ahead:
+            return position - 1  # it was merged into the dim before
+        total *= size
+    return len(after) - 1 if after else None
+
+
+def _shape(v: Any) -> tuple[int, ...]:
+    return tuple(v.aval.shape)
+
+
+def _bytes(v: Any) -> float:
+    return math.prod(v.aval.shape) * v.aval.dtype.itemsize
+
+
+def divided_dims(spec: PartitionSpec, axes: frozenset[str]) -> frozenset[int]:
+    """Dims of a spec that these mesh axes divide."""
+    return frozenset(
+        d
+        for d, entry in enumerate(spec)
+        if entry and set((entry,) if isinstance(entry, str) else entry) & axes
+    )
