@@ -33,6 +33,10 @@ class Shard:
     wire: Any
     reduce: Any
 
+    def whole(self) -> Shard:
+        """The same leaf once it has been gathered."""
+        return dataclasses.replace(self, dim=None, axes=())
+
     def without_leading(self) -> Shard:
         """The same leaf inside a scan over its leading (layers) dim."""
         dim = None if self.dim is None else self.dim - 1

@@ -17,9 +17,10 @@ def _activations(batch: tuple[str, ...], tensor: bool) -> dict[str, str | tuple[
 data = Rules("data", _WHOLE, _activations(_DATA, False))
 """Every device has the whole model; gradients are all-reduced once a step: 2f*X bytes."""
 
-zero1 = Rules("zero1", _WHOLE, _activations(_DATA, False), optimizer={**_WHOLE, ANY: "data"})
-"""As `data`, with the optimizer state divided over the data axis: reduce-scatter of the gradients,
-each device updates its part, all-gather of the parameters. The modern parameter server.
+zero1 = Rules("zero1", {**_WHOLE, ANY: "data"}, _activations(_DATA, False), hold=True)
+"""As `data`, with float32 parameters and optimizer state divided over the data axis: once a step an all-gather of
+the parameters in the wire dtype, a reduce-scatter of the gradients, and each device updates its part: 2f*X bytes,
+whatever the number of microbatches. The modern parameter server.
 Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), stage 1."""
 
 fsdp = Rules("fsdp", {**_WHOLE, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), False))
@@ -30,13 +31,8 @@ tensor = Rules("tensor", {**_WHOLE, **_TENSOR}, _activations(_DATA, True))
 """Heads, MLP columns and vocabulary divided over tensor; activations all-reduced twice a layer and
 direction. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053)."""
 
-zero1_tensor = Rules(
-    "zero1_tensor",
-    {**_WHOLE, **_TENSOR},
-    _activations(_DATA, True),
-    optimizer={**_WHOLE, **_TENSOR, ANY: "data"},
-)
-"""`tensor` with the optimizer state also divided over data."""
+zero1_tensor = Rules("zero1_tensor", {**_WHOLE, **_TENSOR, ANY: "data"}, _activations(_DATA, True), hold=True)
+"""`tensor` with parameters and optimizer state also divided over data, as in `zero1`."""
 
 fsdp_tensor = Rules("fsdp_tensor", {**_WHOLE, **_TENSOR, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), True))
 """The default: data, fsdp and tensor together. A mesh with only some of the axes gives those alone."""

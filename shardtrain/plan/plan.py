@@ -243,12 +243,12 @@ class Plan:
         A remat around everything would override the model's own, and a scanned stack needs none.
         """
         sharded = any(leaf.shard.dim is not None for leaf in self.leaves.values())
-        return sharded and not self.stacks and not self.own_remat
+        return sharded and not self.held and not self.stacks and not self.own_remat
 
     @property
     def held(self) -> bool:
         """Whether weights are gathered once for the whole step, see `Rules.hold`."""
-        return False
+        return self.rules.hold and any(leaf.shard.dim is not None for leaf in self.leaves.values())
 
     @property
     def tables(self) -> Mapping[str, int]:
@@ -373,12 +373,14 @@ class Plan:
         manual = frozenset(self._batch_axes)
         if manual:  # axes of one device too: a region that is manual over every axis is the simplest
             manual |= {a for a, n in self.mesh.shape.items() if n == 1}
-        shards = {path: leaf.shard for path, leaf in self.leaves.items()}
+        held = {path: leaf.shard for path, leaf in self.leaves.items()} if self.held else {}
+        shards = {p: leaf.shard.whole() if self.held else leaf.shard for p, leaf in self.leaves.items()}
         return StepParts(
             mesh=self.mesh,
             layout=context.Layout(self.mesh, self.rules.activations, manual, shards),
             batch_axes=self._batch_axes,
             shards=shards,
+            held=held,
             reduced={path: leaf.optimizer for path, leaf in self.leaves.items()},
             stacks=self.stacks,
             groups=self.groups,

@@ -40,6 +40,8 @@ class Rules:
         activations: for `constrain`, and `"batch"` for the rows of the batch.
         optimizer: for the optimizer's copies of a parameter; default: as the parameter.
         pick: which dim `"*"` takes: the leading one that divides, or the largest.
+        hold: parameters that the batch axes divide are gathered once a step and kept whole until its
+            gradients are reduced, not gathered where each layer uses them.
 
     Mesh axes that the mesh lacks or that have size 1 have no effect, so one set of rules serves
     many meshes.
@@ -50,6 +52,7 @@ class Rules:
     activations: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None = None
     pick: Literal["leading", "largest"] = "leading"
+    hold: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", _freeze(self.params))
@@ -59,7 +62,7 @@ class Rules:
 
     def _value(self) -> tuple[Any, ...]:
         optimizer = None if self.optimizer is None else tuple(self.optimizer.items())
-        return tuple(self.params.items()), tuple(self.activations.items()), optimizer, self.pick
+        return tuple(self.params.items()), tuple(self.activations.items()), optimizer, self.pick, self.hold
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rules) and self._value() == other._value()
@@ -77,6 +80,7 @@ class Rules:
         params: Mapping[str, MeshAxes] | None = None,
         activations: Mapping[str, MeshAxes] | None = None,
         optimizer: Mapping[str, MeshAxes] | None = None,
+        hold: bool | None = None,
         **both: MeshAxes,
     ) -> Rules:
         """New rules with some entries replaced: `rules.override(mlp=None)`, or one map at a time.
@@ -92,6 +96,7 @@ class Rules:
             {**self.activations, **both, **(activations or {})},
             new_optimizer,
             self.pick,
+            self.hold if hold is None else hold,
         )
 
     def mesh_axes(self) -> set[str]:

@@ -33,7 +33,8 @@ LossFunction = Callable[[Any, Any, Any, jax.Array, Any], tuple[Loss, Any]]
 class StepParts:
     """What a step is made of; a Plan fills it in.
 
-    `shards`: path -> `Shard`, for `params` and `frozen` alike. `reduced`: path -> the spec in which a
+    `shards`: path -> `Shard` as the loss sees the leaf, for `params` and `frozen` alike; `held`: as it arrives,
+    where that is another one because it is gathered once for the whole step. `reduced`: path -> the spec in which a
     gradient leaves the reduction. `stacks`: path prefixes that the model makes whole itself.
     `regather`: weights that were made whole before the loss are gathered again for the backward.
     `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows.
@@ -44,6 +45,7 @@ class StepParts:
     layout: context.Layout
     batch_axes: tuple[str, ...]
     shards: Mapping[str, Shard]
+    held: Mapping[str, Shard]
     reduced: Mapping[str, PartitionSpec]
     stacks: frozenset[str]
     groups: int
@@ -71,6 +73,11 @@ def _whole(parts: StepParts, tree: Any) -> Any:
         return gather_leaf(leaf, parts.shards[path])
 
     return _by_path(whole, tree)
+
+
+def _held(parts: StepParts, tree: Any) -> Any:
+    """Leaves that stay whole for the step, gathered; as they are where nothing is held."""
+    return _by_path(lambda p, leaf: gather_leaf(leaf, parts.held[p]), tree) if parts.held else tree
 
 
 def _manual(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
@@ -122,7 +129,8 @@ def gradients(
     def local(
         params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
     ) -> Any:
-        frozen, variables = model_state.get("frozen", {}), model_state.get("variables", {})
+        params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
+        variables = model_state.get("variables", {})
         grads, scalars, new = _over_groups(
             lambda group, rows: one_group(params, frozen, variables, key, step, group, rows),
             groups,
@@ -155,10 +163,11 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
         mapped = body
         if parts.batch_axes:
             rows, whole = PartitionSpec(parts.batch_axes), PartitionSpec()
-            specs = _by_path(lambda p, _: _placed(parts.shards[p]), params)
+            arrive = parts.held or parts.shards
+            specs = _by_path(lambda p, _: _placed(arrive[p]), params)
             state_specs = {k: jax.tree.map(lambda _: whole, v) for k, v in model_state.items()}
             if "frozen" in model_state:
-                state_specs["frozen"] = _by_path(lambda p, _: _placed(parts.shards[p]), model_state["frozen"])
+                state_specs["frozen"] = _by_path(lambda p, _: _placed(arrive[p]), model_state["frozen"])
             mapped = jax.shard_map(
                 body,
                 mesh=parts.mesh,
@@ -275,7 +284,8 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
     def local(
         params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
     ) -> Any:
-        frozen, variables = model_state.get("frozen", {}), model_state.get("variables", {})
+        params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
+        variables = model_state.get("variables", {})
 
         def one(group: jax.Array, rows: Any) -> jax.Array:
             group_rng = group_key(jax.random.wrap_key_data(key), step, group)

@@ -24,7 +24,9 @@ def test_rules_are_values():
     assert other != RULES and other.override(mlp="tensor") == RULES
     assert hash(other.override(mlp="tensor")) == hash(RULES)
     assert RULES.override(params={"mlp": None}).activations["mlp"] == ("tensor",)
-    assert st.rules.zero1.override(vocab=None).optimizer["*"] == ("data",)
+    moments_apart = st.rules.data.override(optimizer={"*": "data"})
+    assert moments_apart.override(vocab=None).optimizer["*"] == ("data",)
+    assert st.rules.zero1.override(vocab=None).hold and not st.rules.zero1.override(hold=False).hold
 
 
 @pytest.mark.parametrize(
