@@ -27,6 +27,7 @@ _HOMES = {
     "shardtrain.mesh": ("Target", "init_distributed", "make_mesh", "simulate_devices"),
     "shardtrain.parallel.fsdp": ("gather",),
     "shardtrain.parallel.groups": ("Loss",),
+    "shardtrain.parallel.lookup": ("lookup",),
     "shardtrain.plan.fit": ("Run", "fit"),
     "shardtrain.plan.model": ("linen",),
     "shardtrain.plan.given": ("batch_spec",),

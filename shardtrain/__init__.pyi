@@ -17,6 +17,7 @@ from shardtrain.mesh import simulate_devices as simulate_devices
 from shardtrain.parallel import presets
 from shardtrain.parallel.fsdp import gather as gather
 from shardtrain.parallel.groups import Loss as Loss
+from shardtrain.parallel.lookup import lookup as lookup
 from shardtrain.plan.fit import Run as Run
 from shardtrain.plan.fit import fit as fit
 from shardtrain.plan.given import batch_spec as batch_spec

@@ -16,6 +16,7 @@ from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import Mlp
 from shardtrain.models.layers.norm import LayerNorm
 from shardtrain.models.layers.stack import scan_blocks, stack
+from shardtrain.parallel.lookup import lookup
 from shardtrain.sharding import constrain
 
 
@@ -123,7 +124,8 @@ class GPT(LanguageModel):
             )
         keys: Any = (None, None) if key is None else jax.random.split(key)
         here = jax.lax.dynamic_slice_in_dim(self.position_table[...], position, length)
-        x_BTD = constrain(self.token_table[...][tokens_BT] + here, "batch", "seq", "embed")
+        x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
+        x_BTD = constrain(x_BTD + here, "batch", "seq", "embed")
         x_BTD = self.dropout(x_BTD, keys[0])
         x_BTD, cache = scan_blocks(
             self.blocks,

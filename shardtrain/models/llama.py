@@ -19,6 +19,7 @@ from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import GatedMlp
 from shardtrain.models.layers.norm import RMSNorm
 from shardtrain.models.layers.stack import scan_blocks, stack
+from shardtrain.parallel.lookup import lookup
 from shardtrain.sharding import constrain
 
 
@@ -117,7 +118,8 @@ class Llama(LanguageModel):
         cache: Any = None,
         position: jax.Array | int = 0,
     ) -> tuple[jax.Array, Any]:
-        x_BTD = constrain(self.token_table[...][tokens_BT], "batch", "seq", "embed")
+        x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
+        x_BTD = constrain(x_BTD, "batch", "seq", "embed")
         x_BTD, cache = scan_blocks(
             self.blocks,
             x_BTD,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.groups import Loss, as_loss
 from shardtrain.parallel.remat import uses_remat
 from shardtrain.plan.model import FROZEN, VARIABLES, Model
+from shardtrain.plan.traffic import only_looked_up
 from shardtrain.sharding import Rules, context
 from shardtrain.tree import flatten
 
@@ -119,9 +122,19 @@ def _arity(loss_fn: Callable[..., Any]) -> int:
     return count
 
 
-def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> tuple[frozenset[str], bool]:
-    """Trace the loss once on shapes alone: finds its mistakes early, which stacks it gathers itself, and
-    whether it recomputes anything itself."""
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the first trace of a loss told: `stacks` that the model gathers itself, layer by layer; whether it
+    recomputes anything itself; `lookups`: rows that one call takes from tables of which all uses are lookups.
+    """
+
+    stacks: frozenset[str]
+    own_remat: bool
+    lookups: Mapping[str, int]
+
+
+def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> Seen:
+    """Trace the loss once on shapes alone; finds its mistakes early."""
     seen = context.Layout(mesh=None, activations=rules.activations)
     with context.use(seen):
         jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
@@ -138,4 +151,12 @@ def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) ->
     taken = {"loss", "grad_norm", "param_norm", "tokens", "learning_rate"} & set(result.metrics)
     if taken:
         raise ConfigError(f"metric names are taken: {sorted(taken)}", where="loss_fn", fix="other names")
-    return frozenset(seen.gathered), uses_remat(jaxpr.jaxpr)
+    tables = only_looked_up(jaxpr.jaxpr, [*flatten(params), *flatten(model_state.get(FROZEN, {}))])
+    rows = collections.Counter[str]()
+    for taken in seen.lookups:
+        rows[taken.path] += taken.rows
+    return Seen(
+        frozenset(seen.gathered),
+        uses_remat(jaxpr.jaxpr),
+        {path: count for path, count in rows.items() if path in tables},
+    )

@@ -60,17 +60,18 @@ def parameter_leaves(
     mesh: AnyMesh,
     stacks: frozenset[str],
     dtypes: tuple[Any, Any, Any],
+    tables: frozenset[str] = frozenset(),
 ) -> dict[str, Leaf]:
     """Path -> `Leaf`, for parameters trained and frozen.
 
     `stacks`: path prefixes that the model makes whole itself, layer by layer.
-    `dtypes`: compute, wire and reduce dtype.
+    `dtypes`: compute, wire and reduce dtype. `tables`: spread along their columns, whatever the rules pick.
     """
     batch = rules.batch_axes(mesh)
     leaves = {}
     for path, leaf in shapes.items():
         stacked = in_stack(path, stacks)
-        options: dict[str, Any] = dict(pick=rules.pick, stacked=stacked)
+        options: dict[str, Any] = dict(pick=rules.pick, stacked=stacked, table=path in tables)
         spec = resolve(path, leaf.shape, axes.get(path), rules.params, mesh, **options)
         held = rules.params if rules.optimizer is None else rules.optimizer
         optimizer = resolve(path, leaf.shape, axes.get(path), held, mesh, **options)
@@ -78,6 +79,16 @@ def parameter_leaves(
         leaves[path] = Leaf(path, leaf.shape, leaf.dtype, axes.get(path), spec, optimizer, shard)
     _check_replicated(leaves, rules, mesh)
     return leaves
+
+
+def exchanges(leaf: Leaf, rows: int, mesh: AnyMesh) -> bool:
+    """Whether handing over the rows that one call looks up sends less than gathering the table would."""
+    if leaf.shard.dim != len(leaf.shape) - 1:
+        return False
+    n = math.prod(mesh.shape[a] for a in leaf.shard.axes)
+    wire, back = (jnp.dtype(d).itemsize for d in (leaf.shard.wire, leaf.shard.reduce))
+    held = math.prod(leaf.shape) / _parts(leaf.shard.spec, mesh)
+    return rows * (2 * leaf.shape[-1] * wire + 4 * n) < held * (wire + back)
 
 
 def in_stack(path: str, stacks: frozenset[str]) -> bool:

@@ -92,7 +92,7 @@ def minimum(plan: Plan) -> Minimum:
     trained = flatten(plan.abstract_state.params)
     calls = plan.microbatches
     for path, leaf in plan.leaves.items():
-        _weights(plan, leaf, path in trained, calls, carried, add)
+        _weights(plan, leaf, path in trained, calls, add)
         if path in trained:
             _gradients(plan, leaf, calls, add)
     _activations(plan, carried, calls, add)
@@ -111,7 +111,7 @@ def _automatic(leaf: Leaf) -> set[str]:
     return spec_axes(leaf.shard.spec)
 
 
-def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, carried: Traffic, add: Any) -> None:
+def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
     shard = leaf.shard
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
@@ -123,9 +123,9 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, carried: Traffic
     if plan.held:
         add("weights of the step", "all-gather", shard.axes, share * wire, "f*X")
         return
-    if leaf.path in plan.tables and leaf.path in carried.lookups:
+    if leaf.path in plan.tables:
         rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, _automatic(leaf))
-        moved = share * rows * width * jnp.dtype(shard.compute).itemsize
+        moved = share * rows * width * jnp.dtype(shard.wire).itemsize
         add("table: ids", "all-gather", shard.axes, share * rows * _parts(plan, shard.axes) * 4, "f*n*T*4")
         add(
             "table: rows",

@@ -22,7 +22,7 @@ from shardtrain.parallel.presets import PRESETS, fsdp_tensor
 from shardtrain.plan import aot
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
-from shardtrain.plan.given import device_dtype, group_count, group_loss, watch
+from shardtrain.plan.given import Seen, device_dtype, group_count, group_loss, watch
 from shardtrain.plan.model import FROZEN, Model, as_model
 from shardtrain.sharding import Annotations, Rules, annotate, context
 from shardtrain.sharding.rules import mesh_text
@@ -127,13 +127,14 @@ def plan(
     platform = device_of(mesh).platform
     wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
-    stacks, own_remat = watch(loss, params, model_state, group_batch, rules)
+    seen = watch(loss, params, model_state, group_batch, rules)
     leaves = layouts.parameter_leaves(
         named,
         axes,
         rules=rules,
         mesh=mesh,
-        stacks=stacks,
+        stacks=seen.stacks,
+        tables=frozenset(seen.lookups),
         dtypes=(jnp.dtype(compute), jnp.dtype(wire), jnp.dtype(reduce_dtype)),
     )
     return Plan(
@@ -148,8 +149,7 @@ def plan(
         batch=abstract_batch,
         global_batch=rows,
         leaves=leaves,
-        stacks=stacks,
-        own_remat=own_remat,
+        seen=seen,
         learning_rate=learning_rate,
         abstract_state=_abstract_state(adapted, params, model_state, optimizer, leaves, mesh),
         again=again,
@@ -197,8 +197,8 @@ class Plan:
     """See `plan`. Trainer, checkpoints and reports ask this object where arrays live.
 
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
-    `leaves`: path of a parameter -> shape, logical axes, spec. `stacks`: what the model gathers itself;
-    `own_remat`: whether it recomputes anything itself. `groups`, `microbatches`: see `plan`.
+    `leaves`: path of a parameter -> shape, logical axes, spec. `seen`: what the first trace told.
+    `groups`, `microbatches`: see `plan`. `again`: the same plan on another mesh.
     """
 
     adapter: Model
@@ -212,8 +212,7 @@ class Plan:
     batch: Any
     global_batch: int
     leaves: Mapping[str, layouts.Leaf]
-    stacks: frozenset[str]
-    own_remat: bool
+    seen: Seen
     learning_rate: Any
     abstract_state: TrainState
     again: Callable[[Any], Plan]
@@ -243,7 +242,12 @@ class Plan:
         A remat around everything would override the model's own, and a scanned stack needs none.
         """
         sharded = any(leaf.shard.dim is not None for leaf in self.leaves.values())
-        return sharded and not self.held and not self.stacks and not self.own_remat
+        return sharded and not (self.held or self.seen.stacks or self.seen.own_remat)
+
+    @property
+    def stacks(self) -> frozenset[str]:
+        """Path prefixes that the model makes whole itself, layer by layer."""
+        return self.seen.stacks
 
     @property
     def held(self) -> bool:
@@ -253,7 +257,14 @@ class Plan:
     @property
     def tables(self) -> Mapping[str, int]:
         """Path of a table whose rows are exchanged (`st.lookup`) -> rows looked up per device and step."""
-        return {}
+        if self.held:
+            return {}
+        return {
+            path: rows * self.microbatches
+            for path, rows in self.seen.lookups.items()
+            if self.leaves[path].shard.dim is not None
+            and layouts.exchanges(self.leaves[path], rows, self.mesh)
+        }
 
     @property
     def sequence_divided(self) -> bool:
@@ -377,7 +388,7 @@ class Plan:
         shards = {p: leaf.shard.whole() if self.held else leaf.shard for p, leaf in self.leaves.items()}
         return StepParts(
             mesh=self.mesh,
-            layout=context.Layout(self.mesh, self.rules.activations, manual, shards),
+            layout=context.Layout(self.mesh, self.rules.activations, manual, shards, frozenset(self.tables)),
             batch_axes=self._batch_axes,
             shards=shards,
             held=held,

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.lookup import LOOKED_UP
 from shardtrain.plan.model import FROZEN, VARIABLES
 from shardtrain.sharding import context
 from shardtrain.tree import flatten
@@ -40,10 +41,9 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """`edges` over the tensor axes; `lookups`: paths of parameters that are only ever looked up in."""
+    """`edges` over the tensor axes."""
 
     edges: tuple[Edge, ...]
-    lookups: frozenset[str]
 
     def total(self, *kinds: str) -> float:
         """Bytes of the edges of these kinds."""
@@ -52,11 +52,15 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A value that is a parameter, moved or converted: which of its dims the axis divides."""
+    """A value that is a parameter, moved or converted: which of its dims the axis divides.
+
+    `marked`: it went through `st.lookup`.
+    """
 
     path: str
-    divided: frozenset[int]
-    vocab: frozenset[int]
+    divided: frozenset[int] = frozenset()
+    vocab: frozenset[int] = frozenset()
+    marked: bool = False
 
 
 _SAME = {
@@ -104,8 +108,7 @@ def traffic(
     ]
     values += [_Value()] * (len(closed.jaxpr.invars) - len(values))
     walk.run(closed.jaxpr, values, 1)
-    edges = tuple(walk.edges)
-    return Traffic(edges, frozenset(p for p, uses in walk.uses.items() if uses == {"lookup"}))
+    return Traffic(tuple(walk.edges))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +118,14 @@ class _Value:
     weight: _Weight | None = None
     grad: bool = False
     root: object = dataclasses.field(default_factory=object)
+
+
+def only_looked_up(jaxpr: Any, paths: Sequence[str]) -> frozenset[str]:
+    """Of parameters that are the first inputs of a traced loss: those of which every use is `st.lookup`."""
+    walk = _Walk()
+    values = [_Value(_Weight(path)) for path in paths]
+    walk.run(jaxpr, values + [_Value()] * (len(jaxpr.invars) - len(values)), 1)
+    return frozenset(path for path, uses in walk.uses.items() if uses == {"lookup"})
 
 
 class _Walk:
@@ -190,7 +201,7 @@ class _Walk:
                     self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
 
     def _lookup(self, eqn: Any, weight: _Weight, times: int) -> None:
-        self.uses.setdefault(weight.path, set()).add("lookup")
+        self.uses.setdefault(weight.path, set()).add("lookup" if weight.marked else "gather")
         looked = set(eqn.params["dimension_numbers"].start_index_map)
         if weight.divided & looked:
             self.edges.append(Edge("lookup", weight.path, times * _bytes(eqn.outvars[0]), True))
@@ -217,27 +228,32 @@ def _layer(weight: _Weight | None) -> _Weight | None:
 
 def _moved(eqn: Any, weight: _Weight) -> _Weight | None:
     """The same parameter after an operation that only moves or converts it."""
-    name, keep = eqn.primitive.name, lambda dims: weight
-    if name in _SAME:
+    name = eqn.primitive.name
+    if name == "name" and eqn.params["name"] == LOOKED_UP:
+        return dataclasses.replace(weight, marked=True)
+    if name in _SAME or name in ("slice", "dynamic_slice"):
         return weight
-    if name == "transpose":
-        order = list(eqn.params["permutation"])
-        keep = lambda dims: frozenset(order.index(d) for d in dims)  # noqa: E731
-    elif name in ("slice", "dynamic_slice"):
-        return weight
-    elif name == "squeeze":
-        gone = eqn.params["dimensions"]
-        keep = lambda dims: frozenset(d - sum(g < d for g in gone) for d in dims if d not in gone)  # noqa: E731
-    elif name in ("reshape", "broadcast_in_dim"):
-        before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-        keep = lambda dims: frozenset(  # noqa: E731
-            d for d in (_position(before, after, d) for d in dims) if d is not None
-        )
-        if name == "broadcast_in_dim":
-            keep = lambda dims: frozenset(eqn.params["broadcast_dimensions"][d] for d in dims)  # noqa: E731
-    else:
+    new = _positions(eqn)
+    if new is None:
         return None
-    return dataclasses.replace(weight, divided=keep(weight.divided), vocab=keep(weight.vocab))
+    move = lambda dims: frozenset(new[d] for d in dims if new.get(d) is not None)  # noqa: E731
+    return dataclasses.replace(weight, divided=move(weight.divided), vocab=move(weight.vocab))
+
+
+def _positions(eqn: Any) -> dict[int, int] | None:
+    """Of an operation that moves dims: old dim -> new dim."""
+    name, before, after = eqn.primitive.name, _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if name == "transpose":
+        return {old: new for new, old in enumerate(eqn.params["permutation"])}
+    if name == "broadcast_in_dim":
+        return dict(enumerate(eqn.params["broadcast_dimensions"]))
+    if name == "squeeze":
+        kept = [d for d in range(len(before)) if d not in eqn.params["dimensions"]]
+        return {old: new for new, old in enumerate(kept)}
+    if name == "reshape":
+        found = {d: _position(before, after, d) for d in range(len(before))}
+        return {old: new for old, new in found.items() if new is not None}
+    return None
 
 
 def _position(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> int | None:

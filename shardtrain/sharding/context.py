@@ -25,6 +25,7 @@ class Layout:
     `mesh`: None in the first abstract trace, which needs no devices and only watches the model.
     `activations`: logical axis -> mesh axes. `manual`: mesh axes that an enclosing `shard_map` holds.
     `params`: path of a parameter leaf -> how `gather` makes it whole (see `parallel/fsdp.py`).
+    `exchanged`: paths of tables whose rows are exchanged. `lookups`: filled by `lookup` in the first trace.
     `gathered`: filled by `gather` with the path prefixes that the model makes whole itself.
     """
 
@@ -32,6 +33,8 @@ class Layout:
     activations: Mapping[str, tuple[str, ...]]
     manual: frozenset[str] = frozenset()
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exchanged: frozenset[str] = frozenset()
+    lookups: list[Any] = dataclasses.field(default_factory=list)
     gathered: set[str] = dataclasses.field(default_factory=set)
 
 

@@ -118,6 +118,7 @@ def resolve(
     *,
     pick: str = "leading",
     stacked: bool = False,
+    table: bool = False,
 ) -> PartitionSpec:
     """The `PartitionSpec` of one parameter leaf.
 
@@ -126,6 +127,7 @@ def resolve(
         logical: one logical axis (or None) per dim; None for a leaf without metadata.
         rules: one map of `Rules`.
         stacked: the leading dim is layers that a scan runs over; it is never spread.
+        table: its rows are looked up; it is spread along the last dim that divides.
 
     Raises:
         ShardingError: wrong number of axes, unknown axis, a dim that does not divide, two dims on
@@ -177,7 +179,13 @@ def resolve(
         skip = {d for d, name in enumerate(names) if name == "layers"} | ({0} if stacked else set())
         free = [d for d in range(len(shape)) if d not in skip and not dims[d] and shape[d] % count == 0]
         if free:
-            dim = free[0] if pick == "leading" else max(free, key=lambda d: (shape[d], -d))
+            dim = (
+                free[-1]
+                if table
+                else free[0]
+                if pick == "leading"
+                else max(free, key=lambda d: (shape[d], -d))
+            )
             dims[dim] = spread
     while dims and not dims[-1]:
         dims.pop()

@@ -65,10 +65,11 @@ def _by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def _whole(parts: StepParts, tree: Any) -> Any:
-    """Parameters as the loss sees them: whole, in the compute dtype, but for stacks gathered later."""
+    """Parameters as the loss sees them: whole, in the compute dtype, but for stacks gathered later and tables whose
+    rows are exchanged."""
 
     def whole(path: str, leaf: Any) -> Any:
-        if any(path.startswith(f"{prefix}/") for prefix in parts.stacks):
+        if path in parts.layout.exchanged or any(path.startswith(f"{prefix}/") for prefix in parts.stacks):
             return leaf
         return gather_leaf(leaf, parts.shards[path])
 
