@@ -15,6 +15,7 @@ from shardtrain.models.layers.cross_entropy import cross_entropy
 from shardtrain.models.layers.stack import empty_caches
 from shardtrain.parallel.groups import Loss
 from shardtrain.sharding import constrain
+from shardtrain.sharding.constrain import enter_block
 
 
 class LanguageModel(nnx.Module):
@@ -52,8 +53,9 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
+        x_BTD = enter_block(x_BTD)
         logits = jnp.einsum("btd,dv->btv", x_BTD, self.head(), preferred_element_type=jnp.float32)
-        return constrain(logits, "batch", "seq", "vocab")
+        return constrain(logits, "batch", "seq_block", "vocab")
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """Keys and values for `length` positions of every layer."""
@@ -75,6 +77,7 @@ def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rn
     """
     dropout = rngs is not None and model.config.dropout > 0
     x_BTD = model.hidden(batch["tokens"], key=rngs.dropout() if dropout else None)  # type: ignore[union-attr]
+    x_BTD = enter_block(x_BTD)
     total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
     return Loss(total, batch["weights"].sum())
 

@@ -10,8 +10,11 @@ _TENSOR = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "t
 _DATA = ("slice", "data")
 
 
-def _activations(batch: tuple[str, ...], tensor: bool) -> dict[str, str | tuple[str, ...] | None]:
-    return {"batch": batch, **_WHOLE, "seq_block": None, **(_TENSOR if tensor else {})}
+def _activations(
+    batch: tuple[str, ...], tensor: bool, sequence: bool = False
+) -> dict[str, str | tuple[str, ...] | None]:
+    stream = {"seq": "tensor"} if sequence else {}
+    return {"batch": batch, **_WHOLE, "seq_block": None, **(_TENSOR if tensor else {}), **stream}
 
 
 data = Rules("data", _WHOLE, _activations(_DATA, False))
@@ -31,13 +34,38 @@ tensor = Rules("tensor", {**_WHOLE, **_TENSOR}, _activations(_DATA, True))
 """Heads, MLP columns and vocabulary divided over tensor; activations all-reduced twice a layer and
 direction. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053)."""
 
+tensor_sequence = Rules("tensor_sequence", {**_WHOLE, **_TENSOR}, _activations(_DATA, True, True))
+"""`tensor` with the residual stream and its norms divided along the sequence between blocks: an all-gather into each
+block and a reduce-scatter out of it, the bytes of the all-reduce, and activations that are n times smaller at rest.
+Source: Korthikanti et al. (arXiv 2205.05198)."""
+
 zero1_tensor = Rules("zero1_tensor", {**_WHOLE, **_TENSOR, ANY: "data"}, _activations(_DATA, True), hold=True)
 """`tensor` with parameters and optimizer state also divided over data, as in `zero1`."""
 
 fsdp_tensor = Rules("fsdp_tensor", {**_WHOLE, **_TENSOR, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), True))
 """The default: data, fsdp and tensor together. A mesh with only some of the axes gives those alone."""
 
+fsdp_tensor_sequence = Rules(
+    "fsdp_tensor_sequence",
+    {**_WHOLE, **_TENSOR, ANY: "fsdp"},
+    _activations((*_DATA, "fsdp"), True, True),
+)
+"""`fsdp_tensor` with the sequence divided as in `tensor_sequence`."""
+
 infer = Rules("infer", {ANY: "fsdp"}, _activations((*_DATA, "fsdp"), False), pick="largest")
 """For models without any metadata: the largest dim that divides, over fsdp. Names are ignored."""
 
-PRESETS: dict[str, Rules] = {r.name: r for r in (data, zero1, fsdp, tensor, zero1_tensor, fsdp_tensor, infer)}
+PRESETS: dict[str, Rules] = {
+    r.name: r
+    for r in (
+        data,
+        zero1,
+        fsdp,
+        tensor,
+        tensor_sequence,
+        zero1_tensor,
+        fsdp_tensor,
+        fsdp_tensor_sequence,
+        infer,
+    )
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,43 @@ def spec_of(x: jax.Array, *axes: str | None) -> PartitionSpec | None:
             )
         dims.append(free[0] if len(free) == 1 else free or None)
     return None if layout.mesh is None else PartitionSpec(*dims)
+
+
+def enter_block(x: jax.Array) -> jax.Array:
+    """The residual stream as a block's matrices need it: `constrain(x, "batch", "seq_block", "embed")`.
+
+    Where rules divide the stream along the sequence this is the all-gather into the block; its gradient, a partial
+    sum, goes back divided: a reduce-scatter, where the transpose of a plain constraint would be an all-reduce.
+
+    Args:
+        x: [batch, seq, embed].
+
+    Communicates: where `seq` and `seq_block` differ, f*X forward and f*X backward over the axes of `seq`.
+    """
+    inside, outside = spec_of(x, "batch", "seq_block", "embed"), spec_of(x, "batch", "seq", "embed")
+    if inside is None or outside is None:
+        return x
+    return place(x, inside, context.current()) if inside == outside else _enter(x, inside, outside)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _enter(x: jax.Array, inside: PartitionSpec, outside: PartitionSpec) -> jax.Array:
+    return place(x, inside, context.current())
+
+
+def _enter_forward(
+    x: jax.Array, inside: PartitionSpec, outside: PartitionSpec
+) -> tuple[jax.Array, tuple[()]]:
+    return place(x, inside, context.current()), ()
+
+
+def _enter_backward(
+    inside: PartitionSpec, outside: PartitionSpec, _: tuple[()], gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (place(gradient, outside, context.current()),)
+
+
+_enter.defvjp(_enter_forward, _enter_backward)
 
 
 def place(x: jax.Array, spec: PartitionSpec, layout: Any) -> jax.Array:

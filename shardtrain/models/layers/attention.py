@@ -15,7 +15,7 @@ from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.models.layers.rotary import rotate
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain, context
-from shardtrain.sharding.constrain import spec_of
+from shardtrain.sharding.constrain import enter_block, spec_of
 
 CHUNK = 1024  # queries at a time where no fused kernel keeps the scores out of memory
 
@@ -64,7 +64,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, cache: Cache | None = None, position: jax.Array | int = 0
     ) -> tuple[jax.Array, Cache | None]:
-        q, k, v = self._project(x_BTD)
+        q, k, v = self._project(enter_block(x_BTD))
         if self.theta is not None:
             positions = position + jnp.arange(x_BTD.shape[1])
             q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
@@ -79,7 +79,7 @@ class SelfAttention(nnx.Module):
             # The prompt sees only itself: what the cache holds beyond it is empty.
             start_of_text = isinstance(position, int) and position == 0
             mixed = causal_attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
-        mixed = constrain(mixed, "batch", "seq", "heads", "head_dim")
+        mixed = constrain(mixed, "batch", "seq_block", "heads", "head_dim")
         y = jnp.einsum("bthk,hkd->btd", mixed, self.out_kernel[...])
         y = checkpoint_name(constrain(y, "batch", "seq", "embed"), REDUCED)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
@@ -89,9 +89,9 @@ class SelfAttention(nnx.Module):
         qkv = jnp.einsum("btd,dngh->btngh", x_BTD, self.qkv_kernel[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
-        qkv = checkpoint_name(constrain(qkv, "batch", "seq", "kv_heads", None, "head_dim"), "qkv")
+        qkv = checkpoint_name(constrain(qkv, "batch", "seq_block", "kv_heads", None, "head_dim"), "qkv")
         q = qkv[:, :, :, :-2].reshape(*x_BTD.shape[:2], -1, qkv.shape[-1])
-        return constrain(q, "batch", "seq", "heads", "head_dim"), qkv[:, :, :, -2], qkv[:, :, :, -1]
+        return constrain(q, "batch", "seq_block", "heads", "head_dim"), qkv[:, :, :, -2], qkv[:, :, :, -1]
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         """Zeros for `length` positions."""

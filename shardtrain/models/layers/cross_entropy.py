@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.remat import REDUCED
-from shardtrain.sharding import constrain
+from shardtrain.sharding import constrain, context
+from shardtrain.sharding.constrain import place, spec_of
 
 FEW, MANY = 2**22, 2**26  # float32 logits alive at a time: 16 MiB are always fine, 256 MiB rarely better
 
@@ -40,19 +45,50 @@ def cross_entropy(
     Hsu et al., Liger kernels (arXiv 2410.10989). Held by tests/unit/models/test_cross_entropy.py.
     """
     tokens, (embed, vocab) = targets_BT.size, head_DV.shape
-    chunks = -(-tokens // min(tokens, chunk or chunk_size(tokens, embed, vocab)))
+    wanted = -(-tokens // min(tokens, chunk or chunk_size(tokens, embed, vocab)))
+    inside, stream = spec_of(x_BTD, "batch", "seq_block", "embed"), spec_of(x_BTD, "batch", "seq", "embed")
+    if stream is not None and stream != inside:
+        cut, spec = _along_sequence(targets_BT.shape, wanted, stream)
+    else:
+        cut, spec = _along_tokens(tokens, wanted), None
+    inputs = (cut(x_BTD), head_DV, cut(targets_BT), cut(weights_BT).astype(jnp.float32))
+    return _summed(*_alike(*inputs), spec)
+
+
+def _along_tokens(tokens: int, wanted: int) -> Callable[[jax.Array], jax.Array]:
+    """`[B, T, ...] -> [chunks, tokens, ...]`."""
     # A number of chunks nearby that divides; else tokens of weight zero fill up the last one.
-    chunks = next((n for n in range(chunks, 2 * chunks) if tokens % n == 0), chunks)
-    missing = -tokens % chunks
+    chunks = next((n for n in range(wanted, 2 * wanted) if tokens % n == 0), wanted)
 
-    def cut(array: jax.Array, *rest: int) -> jax.Array:
-        flat = array.reshape(tokens, *rest)
-        if missing:
-            flat = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(rest)])
-        return flat.reshape(chunks, -1, *rest)
+    def cut(array: jax.Array) -> jax.Array:
+        flat = array.reshape(tokens, *array.shape[2:])
+        if missing := -tokens % chunks:
+            flat = jnp.pad(flat, [(0, missing), *[(0, 0)] * (flat.ndim - 1)])
+        return flat.reshape(chunks, -1, *flat.shape[1:])
 
-    inputs = (cut(x_BTD, embed), head_DV, cut(targets_BT), cut(weights_BT).astype(jnp.float32))
-    return _summed(*_alike(*inputs))
+    return cut
+
+
+def _along_sequence(
+    shape: tuple[int, ...], wanted: int, stream: PartitionSpec
+) -> tuple[Callable[[jax.Array], jax.Array], PartitionSpec]:
+    """`[B, T, ...] -> [chunks, B, parts, tokens, ...]`, and the spec of a chunk of x's gradient.
+
+    A chunk takes tokens of every part of a divided sequence, so that the gradient of `x` leaves each chunk
+    divided as the residual stream is: by a reduce-scatter.
+    """
+    axes = stream[1] if isinstance(stream[1], tuple) else (stream[1],)
+    layout = context.current()
+    assert layout is not None and layout.mesh is not None
+    parts = math.prod(layout.mesh.shape[a] for a in axes)
+    each = shape[1] // parts
+    chunks = next(n for n in range(min(wanted, each), each + 1) if each % n == 0)
+
+    def cut(array: jax.Array) -> jax.Array:
+        split = array.reshape(shape[0], parts, chunks, each // chunks, *array.shape[2:])
+        return jnp.moveaxis(split, 2, 0)
+
+    return cut, PartitionSpec(stream[0], stream[1], None, None)
 
 
 def chunk_size(tokens: int, embed: int, vocab: int) -> int:
@@ -75,8 +111,10 @@ def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return varying(arrays, tuple(axes))
 
 
-@jax.custom_vjp
-def _summed(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, spec: PartitionSpec | None
+) -> jax.Array:
     losses = jax.lax.map(lambda xs: _chunk(xs[0], head, xs[1], xs[2])[0], (x, targets, weights))
     return losses.sum()
 
@@ -85,26 +123,30 @@ def _chunk(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of one chunk, and the gradient of its logits."""
-    logits = jnp.einsum("td,dv->tv", x, head, preferred_element_type=jnp.float32)
-    logits = constrain(logits, None, "vocab")
-    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+    logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "vocab")
+    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     top = logits.max(-1)
-    exponentials = jnp.exp(logits - top[:, None])
+    exponentials = jnp.exp(logits - top[..., None])
     total = exponentials.sum(-1)
     gold = jnp.where(hit, logits, 0.0).sum(-1)
     loss = (weights * (jnp.log(total) + top - gold)).sum()
-    gradient = (exponentials / total[:, None] - hit) * weights[:, None]
+    gradient = (exponentials / total[..., None] - hit) * weights[..., None]
     return loss, gradient
 
 
-def _forward(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, spec: PartitionSpec | None
+) -> tuple[jax.Array, Any]:
     def body(head_gradient: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         x, targets, weights = xs
         loss, gradient = _chunk(x, head, targets, weights)
         gradient = gradient.astype(x.dtype)
         # In the dtype of x: what crosses the tensor axis is as narrow as the activations.
-        x_gradient = jnp.einsum("tv,dv->td", gradient, head).astype(x.dtype)
-        head_gradient += jnp.einsum("td,tv->dv", x, gradient, preferred_element_type=jnp.float32)
+        x_gradient = jnp.einsum("...v,dv->...d", gradient, head).astype(x.dtype)
+        if spec is not None:
+            x_gradient = place(x_gradient, spec, context.current())
+        head_gradient += jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=jnp.float32)
         return constrain(head_gradient, None, "vocab"), (loss, x_gradient)
 
     start, _ = _alike(jnp.zeros(head.shape, jnp.float32), head)
@@ -113,7 +155,7 @@ def _forward(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Arr
     return losses.sum(), checkpoint_name((x_gradient, head_gradient.astype(head.dtype)), REDUCED)
 
 
-def _backward(residuals: Any, upstream: jax.Array) -> tuple[Any, ...]:
+def _backward(spec: PartitionSpec | None, residuals: Any, upstream: jax.Array) -> tuple[Any, ...]:
     scaled = [(g.astype(jnp.float32) * upstream).astype(g.dtype) for g in residuals]
     return *scaled, None, None
 

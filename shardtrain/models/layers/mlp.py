@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain
+from shardtrain.sharding.constrain import enter_block
 
 
 class Mlp(nnx.Module):
@@ -24,7 +25,8 @@ class Mlp(nnx.Module):
         self.down_bias = zeros(rngs, embed=embed)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up = constrain(x_BTD @ self.up_kernel[...] + self.up_bias[...], "batch", "seq", "mlp")
+        x_BTD = enter_block(x_BTD)
+        up = constrain(x_BTD @ self.up_kernel[...] + self.up_bias[...], "batch", "seq_block", "mlp")
         up = jax.nn.gelu(checkpoint_name(up, "mlp_up"))
         y = constrain(up @ self.down_kernel[...], "batch", "seq", "embed")
         return checkpoint_name(y, REDUCED) + self.down_bias[...]
@@ -43,8 +45,9 @@ class GatedMlp(nnx.Module):
         self.down_kernel = normal(rngs, out_stddev, mlp=mlp, embed=embed)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = enter_block(x_BTD)
         both = jnp.einsum("btd,dcf->btcf", x_BTD, self.gate_up_kernel[...])
-        both = checkpoint_name(constrain(both, "batch", "seq", None, "mlp"), "mlp_up")
+        both = checkpoint_name(constrain(both, "batch", "seq_block", None, "mlp"), "mlp_up")
         hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
         y = constrain(hidden @ self.down_kernel[...], "batch", "seq", "embed")
         return checkpoint_name(y, REDUCED)

@@ -46,7 +46,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def devices(target: str) -> list[jax.Device]:
     """Eight devices: `tpu` v5e:2x4, `slices` two v5e:2x2, `tpu7x` 2x2x1 with two devices a chip, `gpu` eight H100."""
     if target == "gpu":
-        return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8").devices)
+        return list(
+            topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8").devices
+        )
     name, more = {
         "tpu": ("v5e:2x4", {}),
         "slices": ("v5e:2x2", {"num_slices": 2}),
