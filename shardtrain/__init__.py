@@ -28,6 +28,7 @@ _HOMES = {
     "shardtrain.parallel.fsdp": ("gather",),
     "shardtrain.parallel.groups": ("Loss",),
     "shardtrain.parallel.lookup": ("lookup",),
+    "shardtrain.plan.audit": ("audit",),
     "shardtrain.plan.fit": ("Run", "fit"),
     "shardtrain.plan.model": ("linen",),
     "shardtrain.plan.given": ("batch_spec",),

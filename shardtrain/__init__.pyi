@@ -18,6 +18,7 @@ from shardtrain.parallel import presets
 from shardtrain.parallel.fsdp import gather as gather
 from shardtrain.parallel.groups import Loss as Loss
 from shardtrain.parallel.lookup import lookup as lookup
+from shardtrain.plan.audit import audit as audit
 from shardtrain.plan.fit import Run as Run
 from shardtrain.plan.fit import fit as fit
 from shardtrain.plan.given import batch_spec as batch_spec

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
 
 from shardtrain import data as data_room
 from shardtrain.config.load import load_name
+from shardtrain.config.resolve import device_count, resolve
 from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
-from shardtrain.mesh import make_mesh
+from shardtrain.mesh import AnyMesh, Target, make_mesh
 from shardtrain.models import build_model, language_model_loss
 from shardtrain.parallel.presets import PRESETS
 from shardtrain.plan.plan import Plan, plan
@@ -32,7 +33,7 @@ class Pieces:
     `text`: the tokenised text, None for a user's own data. `flops_per_row`: training FLOPs, None if unknown.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     model: Callable[..., Any]
     loss: Callable[..., Any]
     optimizer: optax.GradientTransformation
@@ -43,10 +44,33 @@ class Pieces:
     flops_per_row: float | None
 
 
-def build_mesh(config: RunConfig) -> Mesh:
-    """The mesh of the config over all devices of the run; axes of size 1 are left out."""
+def build_mesh(config: RunConfig, target: Target | None = None) -> AnyMesh:
+    """The mesh of the config over all devices of the run, or a target's; axes of size 1 are left out."""
     sizes = {a: n for a, n in dataclasses.asdict(config.mesh).items() if n != 1} or {"data": 1}
-    return make_mesh(dcn={"data": config.dcn.data} if config.dcn.data > 1 else None, **sizes)
+    dcn = {"data": config.dcn.data} if config.dcn.data > 1 else None
+    return make_mesh(dcn=dcn, **sizes) if target is None else target.mesh(dcn=dcn, **sizes)
+
+
+def plan_for(name: str, flags: Sequence[str], target: str | None) -> tuple[Plan, Target, list[str]]:
+    """The plan of a config on hardware that need not be here, and lines to say.
+
+    Without a target: as many simulated CPU devices as the config asks for. Starts no device but this
+    process's CPU.
+    """
+    with contextlib.suppress(RuntimeError):  # started already: nothing here needs a device
+        jax.config.update("jax_platforms", "cpu")
+    hardware = None if target is None else Target(target)
+    config, notes = resolve(name, flags, hardware.size if hardware else None)
+    if hardware is None:
+        count = device_count(config)
+        if count is None:
+            raise ConfigError(
+                "the mesh has a free axis, so the number of devices is not known",
+                where=name,
+                fix="--target cpu:8, or the hardware that it is for, such as --target h100:1x8",
+            )
+        hardware = Target(f"cpu:{count}")
+    return make_plan(config, build(config, build_mesh(config, hardware))), hardware, notes
 
 
 def build_text(config: RunConfig) -> Any:
@@ -64,7 +88,7 @@ def build_text(config: RunConfig) -> Any:
     )
 
 
-def build(config: RunConfig, mesh: Mesh | None = None) -> Pieces:
+def build(config: RunConfig, mesh: AnyMesh | None = None) -> Pieces:
     """Every piece, checked against the others before anything is compiled. `mesh`: in place of the config's."""
     mesh = build_mesh(config) if mesh is None else mesh
     schedule = learning_rate(config)
@@ -130,7 +154,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
     )
 
 
-def _batch_axes(config: RunConfig, mesh: Mesh) -> tuple[str, ...]:
+def _batch_axes(config: RunConfig, mesh: AnyMesh) -> tuple[str, ...]:
     rules = PRESETS.get(config.rules)
     return () if rules is None else rules.batch_axes(mesh)  # an unknown name is refused by the plan
 

@@ -11,8 +11,11 @@ from shardtrain.config.overrides import apply_overrides, fit_mesh
 from shardtrain.config.schema import RunConfig
 
 
-def resolve(name: str, flags: Sequence[str]) -> tuple[RunConfig, list[str]]:
+def resolve(name: str, flags: Sequence[str], devices: int | None = None) -> tuple[RunConfig, list[str]]:
     """The config `name` with environment variables and flags laid over it.
+
+    Args:
+        devices: how many there are; default: those that the config simulates.
 
     Returns:
         The config, and lines to say about what was decided.
@@ -20,8 +23,9 @@ def resolve(name: str, flags: Sequence[str]) -> tuple[RunConfig, list[str]]:
     config, named = apply_overrides(load_config(name), flags)
     simulated = re.fullmatch(r"cpu:(\d+)", config.devices)
     notes = []
-    if simulated:
-        config, note = fit_mesh(config, named, int(simulated.group(1)))
+    count = devices or (int(simulated.group(1)) if simulated else None)
+    if count is not None:
+        config, note = fit_mesh(config, named, count)
         notes = [note] if note else []
     return config, notes
 

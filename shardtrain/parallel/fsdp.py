@@ -14,7 +14,10 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.remat import GATHERED
 from shardtrain.sharding import context
+from shardtrain.sharding.rules import SMALL
 from shardtrain.tree import path_name
+
+SLOW = "slice"  # the mesh axis across the slow network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +141,8 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
         target: spec in which it is wanted; batch axes in it that `shard` lacks are scattered over.
         axes: all batch axes.
 
-    Communicates: all-reduce 2f*X, or reduce-scatter f*X where the target is divided further.
+    Communicates: all-reduce 2f*X, or reduce-scatter f*X where the target is divided further. Of an all-reduce over
+    slice and others only 2(s-1)/s * X/n crosses slices, for n devices within one.
     """
     rest = tuple(a for a in axes if a not in shard.axes)
     scatter = [
@@ -152,6 +156,20 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
         for dim, over in scatter:
             local = jax.lax.psum_scatter(local, over, scatter_dimension=dim, tiled=True)
         others = tuple(a for a in rest if not any(a in over for _, over in scatter))
-        return jax.lax.psum(local, others) if others else local
+        return _all_reduce(local, others) if others else local
 
     return _local(reduce, shard)(gradient).astype(jnp.float32) if rest else gradient
+
+
+def _all_reduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`psum`, of which only a part crosses slices: reduce-scatter within, all-reduce across, all-gather within.
+
+    The bytes are those of one all-reduce over all axes, but the slow network carries an n-th of them.
+    """
+    within = tuple(a for a in axes if a != SLOW)
+    size = jax.lax.axis_size(within) if within else 1
+    dim = next((d for d, n in enumerate(x.shape) if n % size == 0), None)
+    if within == axes or not within or dim is None or x.size < SMALL:
+        return jax.lax.psum(x, axes)
+    part = jax.lax.psum_scatter(x, within, scatter_dimension=dim, tiled=True)
+    return jax.lax.all_gather(jax.lax.psum(part, SLOW), within, axis=dim, tiled=True, to="invarying")

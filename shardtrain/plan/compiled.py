@@ -42,7 +42,7 @@ class Compiled:
         target: Target | None = None,
         options: Mapping[str, Any] | None = None,
     ):
-        self.plan, self.target = plan, target
+        self.plan, self.target, self.donated = plan, target, donate
         self._structure = plan.abstract_state.structure
         count = len(plan.abstract_state.leaves)
         self._count = count
@@ -121,7 +121,7 @@ class Compiled:
         if self.target is not None:
             return Memory(self.executable.memory)
         analysis = self.executable.memory_analysis()
-        names = [*_FIELDS.values(), *(("peak_memory_in_bytes",) if self._platform == "tpu" else ())]
+        names = [*_FIELDS.values(), *(("peak_memory_in_bytes",) if self.platform == "tpu" else ())]
         return Memory({name: getattr(analysis, name) for name in names})
 
     def program(self) -> hlo.Program:
@@ -143,11 +143,28 @@ class Compiled:
         """Whose program the numbers were counted in."""
         if self.target is not None:
             return self.executable.source
-        return f"counted in the program compiled by jaxlib {jax.lib.__version__} for {self._platform}"
+        return f"counted in the program compiled by jaxlib {jax.lib.__version__} for {self.platform}"
 
     @property
-    def _platform(self) -> str:
+    def platform(self) -> str:
+        """`cpu`, `tpu` or `gpu`: whose compiler made the program."""
         return device_of(self.plan.mesh).platform
+
+    def compiler_said(self) -> str:
+        """What the compiler printed while it compiled for a target; empty for the devices that are here."""
+        return self.executable.stderr if self.target is not None else ""
+
+    def source_of(self, path: str) -> str:
+        """`file.py:123`, where the model first uses a parameter."""
+        return self.plan.seen.lines.get(path, "")
+
+    def source_of_operation(self, op_name: str) -> str:
+        """`file.py:123` of an operation by its name in the program."""
+        program = self.program()
+        named = (
+            i for body in program.computations.values() for i in body if op_name and i.op_name == op_name
+        )
+        return next((i.source for i in named if i.source), "")
 
 
 class Step(Compiled):

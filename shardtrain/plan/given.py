@@ -18,7 +18,7 @@ from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.groups import Loss, as_loss
 from shardtrain.parallel.remat import uses_remat
 from shardtrain.plan.model import FROZEN, VARIABLES, Model
-from shardtrain.plan.traffic import only_looked_up
+from shardtrain.plan.traffic import uses
 from shardtrain.sharding import Rules, context
 from shardtrain.tree import flatten
 
@@ -125,12 +125,15 @@ def _arity(loss_fn: Callable[..., Any]) -> int:
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What the first trace of a loss told: `stacks` that the model gathers itself, layer by layer; whether it
-    recomputes anything itself; `lookups`: rows that one call takes from tables of which all uses are lookups.
+    recomputes anything itself; `lookups`: rows that one call takes from tables of which all uses are lookups;
+    `scanned`: parameters of layers that a scan runs over -> its line; `lines`: where parameters are first used.
     """
 
     stacks: frozenset[str]
     own_remat: bool
     lookups: Mapping[str, int]
+    scanned: Mapping[str, str]
+    lines: Mapping[str, str]
 
 
 def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> Seen:
@@ -151,12 +154,14 @@ def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) ->
     taken = {"loss", "grad_norm", "param_norm", "tokens", "learning_rate"} & set(result.metrics)
     if taken:
         raise ConfigError(f"metric names are taken: {sorted(taken)}", where="loss_fn", fix="other names")
-    tables = only_looked_up(jaxpr.jaxpr, [*flatten(params), *flatten(model_state.get(FROZEN, {}))])
+    used = uses(jaxpr.jaxpr, [*flatten(params), *flatten(model_state.get(FROZEN, {}))])
     rows = collections.Counter[str]()
     for taken in seen.lookups:
         rows[taken.path] += taken.rows
     return Seen(
-        frozenset(seen.gathered),
-        uses_remat(jaxpr.jaxpr),
-        {path: count for path, count in rows.items() if path in tables},
+        stacks=frozenset(seen.gathered),
+        own_remat=uses_remat(jaxpr.jaxpr),
+        lookups={path: count for path, count in rows.items() if path in used.looked_up},
+        scanned=used.scanned,
+        lines=used.lines,
     )

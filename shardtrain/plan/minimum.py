@@ -29,6 +29,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from shardtrain.plan.layout import Leaf, in_stack
 from shardtrain.plan.traffic import Traffic, divided_dims, traffic
@@ -120,11 +121,15 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
-    if plan.held:
+    if leaf.path in plan.held_leaves:
         add("weights of the step", "all-gather", shard.axes, share * wire, "f*X")
         return
     if leaf.path in plan.tables:
-        rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, _automatic(leaf))
+        # Rows are whole on every tensor device: only an axis on the columns would divide what moves.
+        columns = (
+            spec_axes(PartitionSpec(*leaf.shard.spec[-1:])) if len(leaf.shard.spec) == len(leaf.shape) else ()
+        )
+        rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, columns)
         moved = share * rows * width * jnp.dtype(shard.wire).itemsize
         add("table: ids", "all-gather", shard.axes, share * rows * _parts(plan, shard.axes) * 4, "f*n*T*4")
         add(
@@ -146,7 +151,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
     size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf)) * jnp.dtype(shard.reduce).itemsize
-    inside = () if plan.held or shard.dim is None else shard.axes
+    inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
     rest = [a for a in plan.rules.batch_axes(plan.mesh) if a not in inside]
     size /= _parts(plan, inside)
     scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))

@@ -255,6 +255,20 @@ class Plan:
         return self.rules.hold and any(leaf.shard.dim is not None for leaf in self.leaves.values())
 
     @property
+    def held_leaves(self) -> frozenset[str]:
+        """Parameters that are gathered once for the whole step and reduced once after it.
+
+        All of them under `Rules.hold`. With microbatches also those outside the model's own stacks: they are whole
+        during every call anyway, and gathering them again for each would send them again.
+        """
+        sharded = {path for path, leaf in self.leaves.items() if leaf.shard.dim is not None}
+        if self.rules.hold:
+            return frozenset(sharded)
+        if self.microbatches == 1 or self.regathers:
+            return frozenset()
+        return frozenset(p for p in sharded if not layouts.in_stack(p, self.stacks) and p not in self.tables)
+
+    @property
     def tables(self) -> Mapping[str, int]:
         """Path of a table whose rows are exchanged (`st.lookup`) -> rows looked up per device and step."""
         if self.held:
@@ -265,6 +279,10 @@ class Plan:
             if self.leaves[path].shard.dim is not None
             and layouts.exchanges(self.leaves[path], rows, self.mesh)
         }
+
+    def is_vector(self, path: str) -> bool:
+        """Whether a parameter, or each layer of it, has at most one dim that counts."""
+        return len(self.leaves[path].shape) - layouts.in_stack(path, self.stacks) < 2
 
     @property
     def sequence_divided(self) -> bool:
@@ -384,8 +402,8 @@ class Plan:
         manual = frozenset(self._batch_axes)
         if manual:  # axes of one device too: a region that is manual over every axis is the simplest
             manual |= {a for a, n in self.mesh.shape.items() if n == 1}
-        held = {path: leaf.shard for path, leaf in self.leaves.items()} if self.held else {}
-        shards = {p: leaf.shard.whole() if self.held else leaf.shard for p, leaf in self.leaves.items()}
+        held = {path: self.leaves[path].shard for path in self.held_leaves}
+        shards = {p: leaf.shard.whole() if p in held else leaf.shard for p, leaf in self.leaves.items()}
         return StepParts(
             mesh=self.mesh,
             layout=context.Layout(self.mesh, self.rules.activations, manual, shards, frozenset(self.tables)),

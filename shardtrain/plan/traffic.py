@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.lookup import LOOKED_UP
+from shardtrain.plan.lines import equation_line
 from shardtrain.plan.model import FROZEN, VARIABLES
 from shardtrain.sharding import context
 from shardtrain.tree import flatten
@@ -72,6 +73,7 @@ _SAME = {
     "pcast",
     "pvary",
 }
+_MOVING = {*_SAME, "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
 _LOOSE = {*_SAME, "reshape", "transpose", "squeeze", "expand_dims", "reduce_precision"}
 
 
@@ -120,18 +122,31 @@ class _Value:
     root: object = dataclasses.field(default_factory=object)
 
 
-def only_looked_up(jaxpr: Any, paths: Sequence[str]) -> frozenset[str]:
-    """Of parameters that are the first inputs of a traced loss: those of which every use is `st.lookup`."""
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """Of parameters: `looked_up`, those of which every use is `st.lookup`; `scanned`: path -> line of the scan over
+    their leading dim; `lines`: path -> line of the first use."""
+
+    looked_up: frozenset[str]
+    scanned: Mapping[str, str]
+    lines: Mapping[str, str]
+
+
+def uses(jaxpr: Any, paths: Sequence[str]) -> Uses:
+    """How parameters, the first inputs of a traced loss, are used."""
     walk = _Walk()
     values = [_Value(_Weight(path)) for path in paths]
     walk.run(jaxpr, values + [_Value()] * (len(jaxpr.invars) - len(values)), 1)
-    return frozenset(path for path, uses in walk.uses.items() if uses == {"lookup"})
+    looked_up = frozenset(path for path, kinds in walk.uses.items() if kinds == {"lookup"})
+    return Uses(looked_up, walk.scanned, walk.lines)
 
 
 class _Walk:
     def __init__(self) -> None:
         self.edges: list[Edge] = []
         self.uses: dict[str, set[str]] = {}
+        self.scanned: dict[str, str] = {}
+        self.lines: dict[str, str] = {}
         self._seen: set[object] = set()
 
     def run(self, jaxpr: Any, inputs: list[_Value], times: int) -> list[_Value]:
@@ -140,6 +155,9 @@ class _Walk:
         value = lambda v: _Value() if hasattr(v, "val") else known.get(v, _Value())  # noqa: E731
         for eqn in jaxpr.eqns:
             name, ins, inner = eqn.primitive.name, [value(v) for v in eqn.invars], _inner(eqn)
+            for v in ins if inner is None and name not in _MOVING and name != "scan" else ():
+                if v.weight is not None and v.weight.path not in self.lines:
+                    self.lines[v.weight.path] = equation_line(eqn)
             if name == "scan":
                 outs = self._scan(eqn, ins, times)
             elif inner is not None:
@@ -173,6 +191,9 @@ class _Walk:
         carried = sum(_shape(a) == _shape(b) for a, b in zip(eqn.outvars, body.outvars, strict=True))
         first = len(ins) - sliced
         inside = [v if i < first else _Value(_layer(v.weight), v.grad) for i, v in enumerate(ins)]
+        for v in ins[first:]:
+            if v.weight is not None:
+                self.scanned.setdefault(v.weight.path, equation_line(eqn))
         # Once to learn which carries need gradients, then for good.
         after = _Walk().run(body, inside, 0)
         for i in range(carried):

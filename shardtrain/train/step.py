@@ -34,7 +34,7 @@ class StepParts:
     """What a step is made of; a Plan fills it in.
 
     `shards`: path -> `Shard` as the loss sees the leaf, for `params` and `frozen` alike; `held`: as it arrives,
-    where that is another one because it is gathered once for the whole step. `reduced`: path -> the spec in which a
+    of leaves that are gathered once for the whole step. `reduced`: path -> the spec in which a
     gradient leaves the reduction. `stacks`: path prefixes that the model makes whole itself.
     `regather`: weights that were made whole before the loss are gathered again for the backward.
     `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows.
@@ -77,8 +77,8 @@ def _whole(parts: StepParts, tree: Any) -> Any:
 
 
 def _held(parts: StepParts, tree: Any) -> Any:
-    """Leaves that stay whole for the step, gathered; as they are where nothing is held."""
-    return _by_path(lambda p, leaf: gather_leaf(leaf, parts.held[p]), tree) if parts.held else tree
+    """The tree with those leaves gathered that stay whole for the step."""
+    return _by_path(lambda p, leaf: gather_leaf(leaf, parts.held[p]) if p in parts.held else leaf, tree)
 
 
 def _manual(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
@@ -164,7 +164,7 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
         mapped = body
         if parts.batch_axes:
             rows, whole = PartitionSpec(parts.batch_axes), PartitionSpec()
-            arrive = parts.held or parts.shards
+            arrive = {**parts.shards, **parts.held}
             specs = _by_path(lambda p, _: _placed(arrive[p]), params)
             state_specs = {k: jax.tree.map(lambda _: whole, v) for k, v in model_state.items()}
             if "frozen" in model_state:

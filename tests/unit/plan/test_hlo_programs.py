@@ -6,6 +6,7 @@ The texts for TPU and GPU are stored: hlo_programs/make.py compiles them without
 from __future__ import annotations
 
 import gzip
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -48,6 +49,10 @@ def test_reader_agrees_with_the_count_by_hand(name: str, target: str) -> None:
     found = [Row(c.op, c.axis, c.dtype, c.count, c.bytes, c.wire_bytes) for c in read.collectives]
     assert added(found) == added(list(program.expected(target)))
     assert read.flops == program.other_flops.get(target, program.flops)
+    for c in read.collectives:
+        assert not c.partial
+        assert c.dcn == (target == "slices" and c.axes == ("data",))  # the first axis goes from slice to slice
+        assert c.count % math.prod(c.loops) == 0
 
 
 def test_every_kind_of_collective_is_counted_on_every_compiler() -> None:

@@ -1,0 +1,37 @@
+"""Whose line it was: frames of a traceback to `file.py:123` of the user."""
+
+from __future__ import annotations
+
+import pathlib
+import sysconfig
+from collections.abc import Iterable
+from typing import Any
+
+import shardtrain
+
+_OURS = pathlib.Path(shardtrain.__file__).parent
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+
+
+def user_line(frames: Iterable[tuple[str, int]]) -> str:
+    """The innermost frame that is the user's (our models count as such), else ours, else the innermost.
+
+    Args:
+        frames: (file, line), innermost first.
+    """
+    frames = [f for f in frames if f[0] and not f[0].startswith("<")]
+    outside = [f for f in frames if "site-packages" not in f[0] and not f[0].startswith(_LIBRARIES)]
+    ours = [f for f in outside if pathlib.Path(f[0]).is_relative_to(_OURS)]
+    theirs = [f for f in outside if f not in ours or pathlib.Path(f[0]).is_relative_to(_OURS / "models")]
+    # The caller of fit is no line of a model: models of ours that it trains come first, being further in.
+    for some in (theirs, ours, frames):
+        if some:
+            return f"{some[0][0]}:{some[0][1]}"
+    return ""
+
+
+def equation_line(equation: Any) -> str:
+    """Of an equation of a traced function."""
+    traceback = getattr(getattr(equation, "source_info", None), "traceback", None)
+    frames = getattr(traceback, "frames", None) or ()
+    return user_line((frame.file_name, frame.line_num) for frame in frames)
