@@ -132,7 +132,7 @@ class Compiled:
 
     def collectives(self) -> hlo.Collectives:
         """Every collective of the compiled program, by mesh axis."""
-        return hlo.collectives(self.hlo(), self.plan.mesh)
+        return self.program().collectives
 
     def hlo(self) -> str:
         """The optimized HLO text."""
