@@ -39,22 +39,23 @@ class _Compare:
     right: Any
 
 
-@dataclasses.dataclass(frozen=True)
 class _Scope:
-    """A computation with the values of its parameters, as far as they are known."""
+    """A computation with the values of its parameters, as far as they are known. Each value is found once."""
 
-    computations: Computations
-    name: str | None
-    arguments: Sequence[Any]
-
-    @property
-    def _body(self) -> Mapping[str, Instruction]:
-        return self.computations.get(self.name or "", {})
+    def __init__(self, computations: Computations, name: str | None, arguments: Sequence[Any]):
+        self.computations, self.arguments = computations, arguments
+        self._body: Mapping[str, Instruction] = computations.get(name or "", {})
+        self._known: dict[str, Any] = {}
 
     def value(self, name: str, depth: int = 0) -> Any:
-        """A number, a `_State`, a `_Compare`, a list (tuple) of names in this scope, or None."""
+        """A number, a `_State`, a `_Compare`, a list (of a tuple's values), or None where it cannot be told."""
+        if name not in self._known:
+            self._known[name] = self._find(name, depth)
+        return self._known[name]
+
+    def _find(self, name: str, depth: int) -> Any:
         instruction = self._body.get(name)
-        if instruction is None or depth > 40:
+        if instruction is None or depth > 60 or not _may_count(instruction):
             return None
         op, operands = instruction.op, instruction.operands
         if op == "constant":
@@ -94,6 +95,11 @@ class _Scope:
     def root(self, depth: int = 0) -> Any:
         last = next((i for i in self._body.values() if i.root), None)
         return None if last is None else self.value(last.name, depth)
+
+
+def _may_count(instruction: Instruction) -> bool:
+    """Counters are integers, and what holds or compares them; nothing else is worth following."""
+    return instruction.result.startswith(("(", "s32[]", "u32[]", "s64[]", "u64[]", "pred[]"))
 
 
 def _sum(a: Any, b: Any, sign: int) -> Any:

@@ -94,7 +94,7 @@ def test_a_model_of_somebody_else():
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            make = lambda i, o, *axes: nnx.Linear(  # noqa: E731
+            make = lambda i, o, *axes: nnx.Linear(
                 i, o, rngs=rngs, kernel_init=st.logical(nnx.initializers.lecun_normal(), *axes)
             )
             self.first = make(32, 64, "embed", "mlp")
