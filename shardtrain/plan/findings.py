@@ -190,25 +190,24 @@ def reduced_in_loop(step: Compiled) -> Iterator[Finding]:
 
 
 def _accumulates(program: hlo.Program, c: hlo.Collective) -> bool:
-    """Whether what follows is `carry + result`, ending in the same place of the loop's state."""
+    """Whether the loop only adds the result to a number of its state that nothing else reads."""
     body = {i.name: i for i in program.computations[c.computation]}
-    users: dict[str, list[Any]] = {}
+    users: dict[str, list[hlo.Instruction]] = {}
     for instruction in body.values():
         for operand in instruction.operands:
             users.setdefault(operand, []).append(instruction)
-    frontier, hops = [c.name], 0
-    while frontier and hops < 8:
-        hops += 1
-        after = []
+    root = next(i for i in body.values() if i.root)
+    frontier = [c.name]
+    for _ in range(8):
+        after: list[str] = []
         for name in frontier:
             for user in users.get(name, []):
-                if user.op in ("add", "fusion") and _adds(program, user):
-                    carried = {_carry(body, operand) for operand in user.operands} - {None}
-                    root = next(i for i in body.values() if i.root)
-                    places = {
-                        i for i, operand in enumerate(root.operands) if _reaches(body, operand, user.name)
-                    }
-                    if carried & places:
+                for position, operand in enumerate(user.operands):
+                    place = _carry(body, operand)
+                    if place is None or place >= len(root.operands) or not _adds(program, user, position):
+                        continue
+                    read_once = all(_only_feeds(users, reader, user.name) for reader in _readers(body, place))
+                    if read_once and _reaches(body, root.operands[place], user.name):
                         return True
                 if user.op in _PASSING or user.op == "fusion":
                     after.append(user.name)
@@ -222,16 +221,55 @@ _PASSING = {
 }  # fmt: skip
 
 
-def _adds(program: hlo.Program, user: Any) -> bool:
+def _adds(program: hlo.Program, user: hlo.Instruction, position: int) -> bool:
+    """Whether this operand is added to, in the instruction itself or as a term of its fusion's result."""
     if user.op == "add":
         return True
-    called = re.search(r"\bcalls=%?([\w.\-]+)", user.rest)
-    return called is not None and any(
-        i.op in ("add", "dynamic-update-slice") for i in program.computations.get(called.group(1), ())
-    )
+    called = user.attribute("calls") if user.op == "fusion" else None
+    inside = {i.name: i for i in program.computations.get(called or "", ())}
+    for instruction in inside.values():
+        if instruction.op == "add":
+            sources = {_parameter(inside, operand) for operand in instruction.operands}
+            if position in sources and _is_result(inside, instruction.name):
+                return True
+    return False
 
 
-def _carry(body: dict[str, Any], name: str) -> int | None:
+def _parameter(body: dict[str, hlo.Instruction], name: str) -> int | None:
+    """Number of the parameter that a value is, but for moves."""
+    for _ in range(6):
+        instruction = body.get(name)
+        if instruction is None:
+            return None
+        if instruction.op == "parameter":
+            number = re.search(r"parameter\((\d+)\)", instruction.rest)
+            return int(number.group(1)) if number else None
+        if instruction.op not in _PASSING or not instruction.operands:
+            return None
+        name = instruction.operands[0]
+    return None
+
+
+def _is_result(body: dict[str, hlo.Instruction], name: str) -> bool:
+    root = next((i for i in body.values() if i.root), None)
+    if root is None:
+        return False
+    return root.name == name or any(_reaches(body, operand, name) for operand in (root.name, *root.operands))
+
+
+def _readers(body: dict[str, hlo.Instruction], place: int) -> list[str]:
+    return [i.name for i in body.values() if i.op == "get-tuple-element" and _carry(body, i.name) == place]
+
+
+def _only_feeds(users: dict[str, list[hlo.Instruction]], name: str, goal: str) -> bool:
+    for user in users.get(name, []):
+        moved = user.op in _PASSING and _only_feeds(users, user.name, goal)
+        if user.name != goal and not user.root and not moved:
+            return False
+    return True
+
+
+def _carry(body: dict[str, hlo.Instruction], name: str) -> int | None:
     """Place in the loop's state that a value was read from."""
     for _ in range(6):
         instruction = body.get(name)
@@ -247,7 +285,7 @@ def _carry(body: dict[str, Any], name: str) -> int | None:
     return None
 
 
-def _reaches(body: dict[str, Any], start: str, goal: str) -> bool:
+def _reaches(body: dict[str, hlo.Instruction], start: str, goal: str) -> bool:
     name = start
     for _ in range(8):
         if name == goal:

@@ -14,12 +14,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.errors import ConfigError, DataError, ShardingError, suggestion
+from shardtrain.errors import ConfigError, ShardingError, suggestion
 from shardtrain.mesh import Target, device_of
 from shardtrain.mesh.build import AnyMesh
-from shardtrain.parallel.groups import group_order
 from shardtrain.parallel.presets import PRESETS, fsdp_tensor
-from shardtrain.plan import aot
+from shardtrain.plan import aot, batches
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
 from shardtrain.plan.given import Seen, device_dtype, group_count, group_loss, watch
@@ -335,17 +334,7 @@ class Plan:
     @property
     def rows(self) -> np.ndarray:
         """Rows of the global batch that this process supplies, ascending."""
-        return np.sort(self._device_rows)
-
-    @property
-    def _device_rows(self) -> np.ndarray:
-        """The same rows in the order in which this process's devices hold them."""
-        order = group_order(self.global_batch, self.groups)
-        if jax.process_count() == 1:
-            return order
-        slices = self.batch_sharding.addressable_devices_indices_map((self.global_batch,)).values()
-        spans = sorted({(s[0].start or 0, s[0].stop or self.global_batch) for s in slices if s is not None})
-        return np.concatenate([order[a:b] for a, b in spans])
+        return np.sort(batches.device_rows(self))
 
     def put(self, batch: Any) -> Any:
         """This process's rows (in the order of `plan.rows`) onto the devices, grouped.
@@ -353,48 +342,16 @@ class Plan:
         Raises:
             DataError: fields, shapes or dtypes other than the plan's.
         """
-        structure: Any = jax.tree.structure(self.batch)
-        found: Any = jax.tree.structure(batch)
-        expected, leaves = jax.tree.leaves(self.batch), jax.tree.leaves(batch)
-        if found != structure:
-            raise DataError(
-                f"the batch is {found}, the plan has {structure}",
-                where="plan.put",
-                fix="the fields of batch_spec",
-            )
-        device_rows = self._put_order
-        return jax.tree.unflatten(
-            structure,
-            [self._put_leaf(x, spec, device_rows) for x, spec in zip(leaves, expected, strict=True)],
-        )
+        return batches.put(self, batch, self._put_order)
 
     @property
     def _put_order(self) -> np.ndarray:
         cached = self.__dict__.get("_order")
         if cached is None:
-            device_rows = self._device_rows
-            cached = np.searchsorted(np.sort(device_rows), device_rows)
+            held = batches.device_rows(self)
+            cached = np.searchsorted(np.sort(held), held)
             object.__setattr__(self, "_order", cached)
         return cached
-
-    def _put_leaf(self, value: Any, spec: Any, order: np.ndarray) -> jax.Array:
-        rows = np.asarray(value)
-        if rows.shape != (len(order), *spec.shape[1:]):
-            raise DataError(
-                f"shape {rows.shape}, the plan has {(len(order), *spec.shape[1:])} for this process",
-                where="plan.put",
-                fix="the shapes of batch_spec; drop or pad an incomplete last batch",
-            )
-        if jnp.issubdtype(rows.dtype, jnp.floating) != jnp.issubdtype(spec.dtype, jnp.floating):
-            raise DataError(
-                f"dtype {rows.dtype}, the plan has {spec.dtype}",
-                where="plan.put",
-                fix="the dtypes of batch_spec",
-            )
-        rows = rows[order].astype(spec.dtype, copy=False)
-        if jax.process_count() == 1:
-            return jax.device_put(rows, self.batch_sharding)
-        return jax.make_array_from_process_local_data(self.batch_sharding, rows, spec.shape)
 
     # --- programs --------------------------------------------------------------------------------
 

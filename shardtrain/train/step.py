@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard, gather_leaf, reduce_leaf, varying
@@ -151,6 +151,10 @@ def gradients(
         jax.tree.map(lambda _: PartitionSpec(), model_state.get("variables", {})),
     )
     grads, scalars, new = _on_devices(parts, local, outs)(params, model_state, key, step, batch)
+    # Where the model left a gradient divided, it is gathered once, here, and not each part of its update.
+    grads = _by_path(
+        lambda p, g: jax.lax.with_sharding_constraint(g, NamedSharding(parts.mesh, parts.reduced[p])), grads
+    )
     return grads, scalars.sum(axis=0), new, names[0]
 
 

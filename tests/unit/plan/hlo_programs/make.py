@@ -71,9 +71,9 @@ def mesh_of(target: str, axes: dict[str, int]) -> jax.sharding.Mesh:
 
 def portable(text: str) -> str:
     """The text without this machine's paths."""
-    text = re.sub(r'"(?:/[^"/]*)+/site-packages/', '"/home/user/site-packages/', text)
-    text = text.replace(str(HERE), "/home/user")
-    return re.sub(r'"/(?!home/user)(?:[^"/ ]+/)+([^"/ ]+\.py)"', r'"/home/user/\1"', text)
+    text = re.sub(r'"(?:/[^"/]*)+/site-packages/', '"/example/site-packages/', text)
+    text = text.replace(str(HERE), "/example")
+    return re.sub(r'"/(?!home/user)(?:[^"/ ]+/)+([^"/ ]+\.py)"', r'"/example/\1"', text)
 
 
 def main(targets: list[str]) -> None:
