@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardtrain.errors import ShardingError
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard
+from shardtrain.plan.model import FROZEN
 from shardtrain.sharding.rules import ANY, SMALL, Rules, mesh_text, resolve, spec_axes
+from shardtrain.train.state import TrainState
 from shardtrain.tree import bytes_text, flatten, table
 
 
@@ -158,6 +160,42 @@ def optimizer_specs(abstract: Any, leaves: Mapping[str, Leaf]) -> Any:
 
     names = flatten(abstract)
     return jax.tree.unflatten(jax.tree.structure(abstract), [spec(p, leaf) for p, leaf in names.items()])
+
+
+def abstract_state(
+    params: Any,
+    model_state: Any,
+    optimizer: Any,
+    leaves: Mapping[str, Leaf],
+    mesh: AnyMesh,
+) -> TrainState:
+    """Shapes and shardings of everything that a run keeps; allocates nothing."""
+    whole = PartitionSpec()
+    by_path = lambda tree: jax.tree.unflatten(  # noqa: E731
+        jax.tree.structure(tree), [leaves[p].spec if p in leaves else whole for p in flatten(tree)]
+    )
+    opt_state = jax.eval_shape(optimizer.init, params)
+    specs = TrainState.of(
+        step=whole,
+        params=by_path(params),
+        model_state={
+            k: by_path(v) if k == FROZEN else jax.tree.map(lambda _: whole, v) for k, v in model_state.items()
+        },
+        opt_state=optimizer_specs(opt_state, leaves),
+        grad_state={},
+        key=whole,
+        cursor=whole,
+    )
+    shapes = TrainState.of(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        grad_state={},
+        key=jax.ShapeDtypeStruct(jax.random.key_data(jax.random.key(0)).shape, jnp.uint32),
+        cursor=jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    return with_sharding(shapes, specs, mesh)
 
 
 def with_sharding(abstract: Any, specs: Any, mesh: AnyMesh) -> Any:

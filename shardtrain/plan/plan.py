@@ -150,45 +150,9 @@ def plan(
         leaves=leaves,
         seen=seen,
         learning_rate=learning_rate,
-        abstract_state=_abstract_state(adapted, params, model_state, optimizer, leaves, mesh),
+        abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
         again=again,
     )
-
-
-def _abstract_state(
-    model: Model,
-    params: Any,
-    model_state: Any,
-    optimizer: Any,
-    leaves: Mapping[str, layouts.Leaf],
-    mesh: AnyMesh,
-) -> TrainState:
-    whole = PartitionSpec()
-    by_path = lambda tree: jax.tree.unflatten(  # noqa: E731
-        jax.tree.structure(tree), [leaves[p].spec if p in leaves else whole for p in flatten(tree)]
-    )
-    opt_state = jax.eval_shape(optimizer.init, params)
-    specs = TrainState.of(
-        step=whole,
-        params=by_path(params),
-        model_state={
-            k: by_path(v) if k == FROZEN else jax.tree.map(lambda _: whole, v) for k, v in model_state.items()
-        },
-        opt_state=layouts.optimizer_specs(opt_state, leaves),
-        grad_state={},
-        key=whole,
-        cursor=whole,
-    )
-    shapes = TrainState.of(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
-        params=params,
-        model_state=model_state,
-        opt_state=opt_state,
-        grad_state={},
-        key=jax.ShapeDtypeStruct(jax.random.key_data(jax.random.key(0)).shape, jnp.uint32),
-        cursor=jax.ShapeDtypeStruct((2,), jnp.uint32),
-    )
-    return layouts.with_sharding(shapes, specs, mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ def portable(text: str) -> str:
     """The text without this machine's paths."""
     text = re.sub(r'"(?:/[^"/]*)+/site-packages/', '"/example/site-packages/', text)
     text = text.replace(str(HERE), "/example")
-    return re.sub(r'"/(?!home/user)(?:[^"/ ]+/)+([^"/ ]+\.py)"', r'"/example/\1"', text)
+    return re.sub(r'"/(?!example)(?:[^"/ ]+/)+([^"/ ]+\.py)"', r'"/example/\1"', text)
 
 
 def main(targets: list[str]) -> None:
