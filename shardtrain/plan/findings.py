@@ -57,11 +57,7 @@ def replicated_parameter(step: Compiled) -> Iterator[Finding]:
     for path, leaf in plan.leaves.items():
         for axis, n in sizes.items():
             size = math.prod(leaf.shape) * leaf.dtype.itemsize
-            if (
-                axis in spec_axes(leaf.spec)
-                or len(leaf.shape) < 2
-                or size * 100 < total * leaf.dtype.itemsize
-            ):
+            if axis in spec_axes(leaf.spec) or len(leaf.shape) < 2 or size * 20 < total * leaf.dtype.itemsize:
                 continue
             if plan.is_vector(path) or not any(dim % n == 0 and dim > n for dim in leaf.shape):
                 continue
@@ -209,7 +205,8 @@ def _accumulates(program: hlo.Program, c: hlo.Collective) -> bool:
                     read_once = all(_only_feeds(users, reader, user.name) for reader in _readers(body, place))
                     if read_once and _reaches(body, root.operands[place], user.name):
                         return True
-                if user.op in _PASSING or user.op == "fusion":
+                # Of several arrays reduced together only large ones count.
+                if (user.op in _PASSING or user.op == "fusion") and hlo.size(user.result) >= LARGE:
                     after.append(user.name)
         frontier = after
     return False

@@ -48,18 +48,18 @@ def mean_of_means(monkeypatch):
 
 
 def duplicated_row(monkeypatch):
-    from shardtrain.plan import plan
+    from shardtrain.plan import batches
 
     true = groups.group_order
     monkeypatch.setattr(
-        plan, "group_order", lambda batch, count: np.where((o := true(batch, count)) == 5, 6, o)
+        batches, "group_order", lambda batch, count: np.where((o := true(batch, count)) == 5, 6, o)
     )
 
 
 def blocked_rows(monkeypatch):
-    from shardtrain.plan import plan
+    from shardtrain.plan import batches
 
-    monkeypatch.setattr(plan, "group_order", lambda batch, count: np.arange(batch))
+    monkeypatch.setattr(batches, "group_order", lambda batch, count: np.arange(batch))
 
 
 def permuted_gather(monkeypatch):

@@ -6,7 +6,7 @@ Reads the optimized text of the CPU, TPU and GPU compilers. Ids in replica group
 from shardtrain.plan.hlo.collectives import KINDS, Collective, Collectives
 from shardtrain.plan.hlo.groups import mesh_axes, replica_groups
 from shardtrain.plan.hlo.program import Program, collectives, host_transfers, read
-from shardtrain.plan.hlo.text import HloError, Instruction
+from shardtrain.plan.hlo.text import HloError, Instruction, size
 
 __all__ = [
     "KINDS",
@@ -20,4 +20,5 @@ __all__ = [
     "mesh_axes",
     "read",
     "replica_groups",
+    "size",
 ]
