@@ -40,7 +40,7 @@ def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, A
         num_replicas=1,
         num_partitions=grid.size,
         device_assignment=np.array([[d.id for d in grid.flat]]),
-        env_options_overrides=request["options"],
+        env_options_overrides={name: _value(text) for name, text in request["options"].items()},
         backend=backend if platform == "cpu" else None,
     )
     assigned = xla_client.DeviceList(tuple(grid.flat))
@@ -64,6 +64,11 @@ def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, A
         "cpu_seconds": seconds[1],
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _value(text: str) -> str | bool:
+    """The GPU and CPU compilers take no text for a truth value."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def failure(error: Exception) -> dict[str, Any]:
