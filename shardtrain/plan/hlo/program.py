@@ -13,7 +13,7 @@ from shardtrain.plan.hlo.collectives import KINDS, Collective, Collectives
 from shardtrain.plan.hlo.flops import product_flops
 from shardtrain.plan.hlo.groups import mesh_axes, replica_groups
 from shardtrain.plan.hlo.loops import known_state, trip_count
-from shardtrain.plan.hlo.text import HloError, Instruction, Module, parse, shapes, size
+from shardtrain.plan.hlo.text import Frame, HloError, Instruction, Module, parse, shapes, size
 
 _MEGASCALE = "_xla_megascale_transfer_type"
 _CALLERS = {"fusion", "call", "custom-call", "conditional", "async-start"}
@@ -26,6 +26,7 @@ class Program:
     `flops`: of products, per device and step (see `hlo.flops` for what no text shows). `computations`: name ->
     instructions. `times`: runs of each a step, 0 if never. `loops`: trip counts around each, outermost first.
     `aliases`: numbers of the entry's parameters that are written in place. `lines`: instructions, the program's size.
+    `frames`: the program's stack frames by number, innermost first.
     """
 
     collectives: Collectives
@@ -36,6 +37,7 @@ class Program:
     loops: Mapping[str, tuple[int, ...]]
     aliases: frozenset[int]
     lines: int
+    frames: Mapping[int, tuple[Frame, ...]]
 
 
 def read(text: str, mesh: Any) -> Program:
@@ -69,6 +71,7 @@ def read(text: str, mesh: Any) -> Program:
         loops=walk.loops,
         aliases=_aliases(module.header),
         lines=sum(map(len, module.computations.values())),
+        frames=module.frames,
     )
 
 
