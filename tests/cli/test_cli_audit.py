@@ -34,10 +34,10 @@ def programs(tmp_path_factory):
 
 
 def test_table_and_picture(config, tmp_path, shardtrain):
-    """What a person reads: sent and least by axis, no finding on our own preset, exit 0. Failed once when the picture
+    """What a person reads: sent and least by axis, no finding on our own preset; a bound on the ratio. Failed once when the picture
     was no XML. Failed once more: a kernel of 8 KiB was a finding for being whole."""
-    code, out, err = shardtrain("audit", config, "--svg", tmp_path / "bytes.svg")
-    assert code == 0, out + err
+    code, out, err = shardtrain("audit", config, "--svg", tmp_path / "bytes.svg", "--at-most", "0.5")
+    assert code == 1 and "is more than --at-most 0.5" in err
     assert "cpu:8, mesh data=2 fsdp=2 tensor=2" in out and "no findings" in out
     rows = [text.split() for text in out.splitlines()]
     table = {(row[0], row[1]): row for row in rows if len(row) > 5 and row[0] in ("data", "fsdp", "tensor")}
@@ -103,12 +103,9 @@ def test_a_fault_of_a_user(faulty, shardtrain, as_json):
     code, out, err = shardtrain("audit", config)
     assert code == 1, out + err
     assert f"warning: needless-permute: {line}" in out and "try:" in out and "tensor sends" in out
-    code, found = as_json("audit", config)
-    assert code == 1 and {f["source"] for f in found["findings"] if f["kind"] == "needless-permute"} == {line}
+    code, found = as_json("audit", config, "--severity", "error")
+    assert code == 0 and {f["source"] for f in found["findings"] if f["kind"] == "needless-permute"} == {line}
     assert all(set(f) == FOUND for f in found["findings"])
-    assert shardtrain("audit", config, "--severity", "error")[0] == 0
-    code, _, err = shardtrain("audit", config, "--severity", "error", "--at-most", "1.05")
-    assert code == 1 and "--at-most 1.05" in err
 
 
 def test_lock(config, tmp_path, shardtrain, as_json):
@@ -120,10 +117,10 @@ def test_lock(config, tmp_path, shardtrain, as_json):
     kept = lock.read_text()
     code, out, _ = shardtrain("audit", config, "--lock", lock)
     assert code == 0 and "no change" in out
-    code, out, _ = shardtrain("audit", config, "--lock", lock, "--model.embed", "64")
-    assert code == 1 and "params/blocks/mlp/up_kernel: float32[2,32,128]" in out and "--update" in out
-    code, found = as_json("audit", config, "--lock", lock, "--mesh.data", "1", "--mesh.fsdp", "4")
-    assert code == 1 and any(line.startswith("mesh: data=2") for line in found["changes"])
+    code, found = as_json("audit", config, "--lock", lock, "--model.mlp", "64")
+    assert code == 1 and [
+        line for line in found["changes"] if "params/blocks/mlp/up_kernel: float32[2,32,128]" in line
+    ]
     assert lock.read_text() == kept
     json.loads(kept)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shardtrain.plan import hlo
 from shardtrain.plan.findings.dataflow import Body
-from shardtrain.plan.findings.finding import Finding, large
+from shardtrain.plan.findings.finding import Finding, Severity, large
 from shardtrain.tree import bytes_text
 
 if TYPE_CHECKING:
@@ -17,38 +17,54 @@ if TYPE_CHECKING:
 def reduced_in_loop(step: Compiled) -> Iterator[Finding]:
     """A reduction whose result is only added up by the loop around it: once after the loop would do."""
     program = step.program()
-    for c in large(step):
-        if c.op not in ("all-reduce", "reduce-scatter") or not c.loops:
-            continue
-        if not _accumulated(program, c.computation, [c.name]):
-            continue
-        yield Finding(
-            "reduced-in-loop",
-            "note" if _declared(step, c) else "error",
-            f"{c.op} over {c.axis}",
-            c.source,
-            f"{bytes_text(c.bytes)} reduced {c.count} times a step and then added up",
-            _HOLD
-            if _declared(step, c)
-            else "add up first, reduce once: leave the gradients to the plan (plan.step, plan.gradients)",
-        )
+    reductions = (c for c in large(step) if c.op in ("all-reduce", "reduce-scatter") and c.loops)
+    yield from _findings(
+        step,
+        [c for c in reductions if _accumulated(program, c.computation, [c.name])],
+        "reduced-in-loop",
+        "error",
+        "reduced {count} times a step and then added up",
+        "add up first, reduce once: leave the gradients to the plan (plan.step, plan.gradients)",
+    )
 
 
 def repeated_in_loop(step: Compiled) -> Iterator[Finding]:
     """A collective of something that no run of the loop changes: once before the loop would do."""
     program = step.program()
-    for c in large(step):
-        if not c.loops or not _repeats(program, c):
-            continue
+    yield from _findings(
+        step,
+        [c for c in large(step) if c.loops and _repeats(program, c)],
+        "repeated-in-loop",
+        "warning",
+        "sent {count} times a step, the same each time",
+        "once before the loop: constrain or gather it there, and close over it",
+    )
+
+
+def _findings(
+    step: Compiled, some: list[hlo.Collective], kind: str, severity: Severity, message: str, fix: str
+) -> Iterator[Finding]:
+    """One for each; one note for all that the plan means: weights outside `held_leaves` that fsdp gathers, and whose
+    gradients it reduces, for each microbatch, to keep none whole."""
+    plan = step.plan
+    divided = {
+        a for path, leaf in plan.leaves.items() if path not in plan.held_leaves for a in leaf.shard.axes
+    }
+    meant = [c for c in some if step.trains and plan.microbatches > 1 and set(c.axes) <= divided]
+    for c in some:
+        if c not in meant:
+            text = f"{bytes_text(c.bytes)} {message.format(count=c.count)}"
+            yield Finding(kind, severity, f"{c.op} over {c.axis}", c.source, text, fix)
+    if meant:
+        most = max(meant, key=lambda c: c.wire_bytes)
         yield Finding(
-            "repeated-in-loop",
-            "note" if _declared(step, c) else "warning",
-            f"{c.op} over {c.axis}",
-            c.source,
-            f"{bytes_text(c.bytes)} sent {c.count} times a step, the same each time",
-            _HOLD
-            if _declared(step, c)
-            else "once before the loop: constrain or gather it there, and close over it",
+            kind,
+            "note",
+            f"{most.op} over {most.axis}",
+            most.source,
+            f"{bytes_text(sum(c.wire_bytes for c in meant))} a step, for each of {plan.microbatches} microbatches, so "
+            "that no weight is kept whole",
+            "where memory allows, rules.override(hold=True): gathered and reduced once a step",
         )
 
 
@@ -73,18 +89,6 @@ def _loop(program: hlo.Program, body: str) -> tuple[str, hlo.Instruction] | None
         (w, i) for w, instructions in program.computations.items() for i in instructions if i.op == "while"
     )
     return next(((where, i) for where, i in loops if i.attribute("body") == body), None)
-
-
-_HOLD = "where memory allows, rules.override(hold=True): gathered and reduced once a step, whatever the microbatches"
-
-
-def _declared(step: Compiled, c: hlo.Collective) -> bool:
-    """Whether the plan means it: weights outside stacks that fsdp gathers for each microbatch, to keep none."""
-    plan = step.plan
-    divided = {
-        a for path, leaf in plan.leaves.items() if path not in plan.held_leaves for a in leaf.shard.axes
-    }
-    return step.trains and plan.microbatches > 1 and set(c.axes) <= divided
 
 
 def _repeats(program: hlo.Program, c: hlo.Collective) -> bool:
