@@ -29,6 +29,7 @@ _HOMES = {
     "shardtrain.parallel.groups": ("Loss",),
     "shardtrain.parallel.lookup": ("lookup",),
     "shardtrain.plan.audit": ("audit",),
+    "shardtrain.plan.expected": ("assert_collectives",),
     "shardtrain.plan.fit": ("Run", "fit"),
     "shardtrain.plan.model": ("linen",),
     "shardtrain.plan.given": ("batch_spec",),

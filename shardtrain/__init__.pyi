@@ -19,6 +19,7 @@ from shardtrain.parallel.fsdp import gather as gather
 from shardtrain.parallel.groups import Loss as Loss
 from shardtrain.parallel.lookup import lookup as lookup
 from shardtrain.plan.audit import audit as audit
+from shardtrain.plan.expected import assert_collectives as assert_collectives
 from shardtrain.plan.fit import Run as Run
 from shardtrain.plan.fit import fit as fit
 from shardtrain.plan.given import batch_spec as batch_spec

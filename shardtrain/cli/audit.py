@@ -4,7 +4,8 @@ shardtrain audit configs/gpt.py:tiny
 shardtrain audit configs/llama.py:b1 --target v5e:2x4 --mesh.fsdp 8
 shardtrain audit configs/gpt.py:tiny --lock plan.lock      compare with a lock file, or write it with --update
 
-Exit code 1 where there is a finding of at least --severity, the ratio is over --at-most, or the lock differs.
+Exit code 1 where there is a finding of at least --severity, the ratio is over --at-most, or the lock differs; 2 where the
+input is wrong.
 """
 
 from __future__ import annotations
@@ -33,32 +34,45 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from shardtrain.config.build import plan_for
-    from shardtrain.plan.audit import audit
+    from shardtrain.plan.audit import audit, check_severity
     from shardtrain.plan.lock import Lock
+
+    # All that can be wrong is found before anything is compiled.
+    check_severity(options.severity)
+    if options.at_most is not None and not options.at_most > 0:
+        raise ConfigError(f"{options.at_most}", where="--at-most", fix="a number over 0, such as 1.05")
+    if options.update and not options.lock:
+        raise ConfigError("there is no file to write", where="--update", fix="--lock plan.lock --update")
+    compiler = _options(options.option)
+    for file in [options.svg, options.lock if options.update else None]:
+        if file and not pathlib.Path(file).resolve().parent.is_dir():
+            raise ConfigError("cannot be written: no such folder", where=file, fix="another place")
+    old = Lock.read(options.lock) if options.lock and not options.update else None
 
     made, target, notes = plan_for(options.config, options.overrides, options.target)
     for note in notes:
         shell.say(note)
-    found = audit(made.compile(target=target, options=_options(options.option)))
-    worst = found.worst(options.severity)
+    found = audit(made.compile(target=target, options=compiler))
     result = found.as_json()
-    code = shell.FOUND if worst else shell.DONE
-    if options.at_most is not None and found.ratio is not None and found.ratio > options.at_most:
-        code = shell.FOUND
+    code = shell.FOUND if found.worst(options.severity) else shell.DONE
     if not options.json:
         print(found)
+    if options.at_most is not None and found.ratio is not None and found.ratio > options.at_most:
+        code = shell.FOUND
+        shell.say(f"{found.ratio:.3f} of the minimum is more than --at-most {options.at_most}")
     if options.svg:
         _write(options.svg, found.svg())
     if options.lock:
         lock = Lock.of(made, found)
-        if options.update:
+        if old is None:
             _write(options.lock, lock.text())
         else:
-            changes = lock.changes_from(Lock.read(options.lock))
+            changes = lock.changes_from(old)
             result["changes"] = changes
             code = shell.FOUND if changes else code
             if not options.json:
-                print("\n".join([f"\n{options.lock}:", *(changes or ["no change"])]))
+                way_out = [f"  try: --lock {options.lock} --update, if that is meant"] if changes else []
+                print("\n".join([f"\n{options.lock}:", *(changes or ["no change"]), *way_out]))
     return code, result
 
 

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import html
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardtrain.errors import ConfigError, suggestion
-from shardtrain.plan.findings import SEVERITIES, Finding, findings
-from shardtrain.plan.hlo import Collectives
+from shardtrain.plan.bars import Bar, bars, picture
+from shardtrain.plan.findings import SEVERITIES, Finding, Severity, findings
+from shardtrain.plan.hlo import Collective, Collectives
 from shardtrain.plan.minimum import Minimum, minimum
-from shardtrain.tree import bytes_text
+from shardtrain.tree import bytes_text, table
 
 if TYPE_CHECKING:
     from shardtrain.plan.compiled import Compiled, Memory
 
+OVER = 1.05  # times the least; more than this is shown as too much
+SHOWN = 4  # senders named for an axis that sends too much
+
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """`bytes`: sent per device and step; `ratio`: to the minimum; `async_share`: of the bytes, those of collectives
-    under which something else may run. Print it, or `as_json()`, or look at `svg()`."""
+    """What `audit` read. Print it, look at `svg()`, or take `as_json()`.
+
+    `minimum`: None for a function that is not the plan's own step (`plan.jit`): nobody knows what it must send.
+    `bytes`: sent per device and step. `ratio`: to the minimum. `async_share`: of the bytes, those of collectives under
+    which something else may run. `flops`, `lines`: of the program. `source`: whose compiler made it.
+    """
 
     target: str
     mesh: Mapping[str, int]
     collectives: Collectives
-    minimum: Minimum
+    minimum: Minimum | None
     findings: Sequence[Finding]
     memory: Memory
     source: str
@@ -38,8 +47,8 @@ class Audit:
 
     @property
     def ratio(self) -> float | None:
-        """None where nothing has to be sent."""
-        return self.bytes / self.minimum.bytes if self.minimum.bytes else None
+        """None where nothing has to be sent, or nobody knows what has to."""
+        return self.bytes / self.minimum.bytes if self.minimum and self.minimum.bytes else None
 
     @property
     def async_share(self) -> float | None:
@@ -47,12 +56,47 @@ class Audit:
         hidden = sum(c.wire_bytes for c in self.collectives if c.asynchronous)
         return hidden / self.bytes if self.bytes else None
 
-    def by_axis(self) -> dict[str, tuple[float, float]]:
-        """Axis -> (bytes sent, minimum)."""
-        least, sent = self.minimum.by_axis(), dict[str, float]()
+    def by_axis(self) -> dict[str, tuple[float, float | None]]:
+        """Axis -> (bytes sent, minimum or None), in mesh order."""
+        least = self.minimum.by_axis() if self.minimum is not None else None
+        sent: dict[str, float] = defaultdict(float)
         for c in self.collectives:
-            sent[c.axis] = sent.get(c.axis, 0.0) + c.wire_bytes
-        return {axis: (sent.get(axis, 0.0), least.get(axis, 0.0)) for axis in sorted({*sent, *least})}
+            if c.axes:
+                sent[c.axis] += c.wire_bytes
+        order = list(self.mesh)
+        axes = sorted({*sent, *(least or ())}, key=lambda axis: [order.index(a) for a in axis.split("+")])
+        return {a: (sent[a], None if least is None else least.get(a, 0.0)) for a in axes}
+
+    def over(self) -> dict[str, float]:
+        """Axis -> bytes more than it must send, for those that send more than 5% over (and 1% of all) too much."""
+        return {
+            axis: sent - least
+            for axis, (sent, least) in self.by_axis().items()
+            if least is not None and sent > OVER * least and sent - least > 0.01 * self.bytes
+        }
+
+    def senders(self, axis: str) -> list[Sender]:
+        """Who sends along an axis, most bytes first."""
+        lines: dict[tuple[str, str], list[Collective]] = defaultdict(list)
+        for c in self.collectives:
+            if c.axis == axis:
+                lines[c.op, c.source].append(c)
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for finding in self.findings:
+            if axis in finding.path:
+                kinds[finding.source].append(finding.kind)
+        found = [
+            Sender(
+                op,
+                source,
+                max(together, key=lambda c: c.wire_bytes).shape,
+                sum(c.count for c in together),
+                sum(c.wire_bytes for c in together),
+                tuple(dict.fromkeys(kinds[source])),
+            )
+            for (op, source), together in lines.items()
+        ]
+        return sorted(found, key=lambda s: -s.bytes)
 
     def worst(self, severity: str) -> list[Finding]:
         """Findings of at least this severity.
@@ -60,11 +104,7 @@ class Audit:
         Raises:
             ConfigError: no such severity.
         """
-        if severity not in SEVERITIES:
-            raise ConfigError(
-                f"'{severity}'", where="severity", fix=suggestion(severity, SEVERITIES, "warning")
-            )
-        least = SEVERITIES.index(severity)  # type: ignore[arg-type]
+        least = SEVERITIES.index(check_severity(severity))
         return [f for f in self.findings if SEVERITIES.index(f.severity) >= least]
 
     def as_json(self) -> dict[str, Any]:
@@ -73,12 +113,12 @@ class Audit:
             "target": self.target,
             "mesh": dict(self.mesh),
             "bytes": self.bytes,
-            "minimum": self.minimum.bytes,
+            "minimum": None if self.minimum is None else self.minimum.bytes,
             "ratio": self.ratio,
             "async_share": self.async_share,
             "by_axis": {a: {"bytes": sent, "minimum": least} for a, (sent, least) in self.by_axis().items()},
             "collectives": self.collectives.as_json(),
-            "derivation": self.minimum.as_json(),
+            "derivation": None if self.minimum is None else self.minimum.as_json(),
             "findings": [dataclasses.asdict(f) for f in self.findings],
             "memory": dict(self.memory),
             "flops": self.flops,
@@ -87,86 +127,114 @@ class Audit:
         }
 
     def __str__(self) -> str:
-        ratio = "" if self.ratio is None else f", {self.ratio:.3f} of the minimum"
-        share = "" if self.async_share is None else f", {self.async_share:.0%} of it asynchronous"
         parts = [
-            f"{self.target}, mesh {' '.join(f'{a}={n}' for a, n in self.mesh.items())}",
-            str(self.collectives),
-            str(self.minimum),
-            bars(self.by_axis()),
-            f"sent per device and step: {bytes_text(self.bytes)}{ratio}{share}",
+            f"{self.target}, mesh {' '.join(f'{a}={n}' for a, n in self.mesh.items())}: {self.source}",
             str(self.memory),
+            "" if self.minimum is None else str(self.minimum),
+            self._table(),
+            bars(self._bars()),
+            *(self._why(axis, more) for axis, more in self.over().items()),
             "\n".join(map(str, self.findings)) or "no findings",
-            self.source,
+            self.summary(),
         ]
         return "\n\n".join(part for part in parts if part)
 
+    def summary(self) -> str:
+        """One line: bytes, ratio, asynchrony."""
+        ratio = "" if self.ratio is None else f", {self.ratio:.3f} of the minimum"
+        share = "" if self.async_share is None else f", {self.async_share:.0%} of it asynchronous"
+        return f"sent per device and step: {bytes_text(self.bytes)}{ratio}{share}"
+
+    def _table(self) -> str:
+        """Each collective by axis, beside what it must send."""
+        sent = {
+            (axis, op): values for (op, axis), values in self.collectives.by_axis().items() if axis != "-"
+        }
+        least: dict[tuple[str, str], float] = defaultdict(float)
+        for term in self.minimum or ():
+            least[term.axis, term.op] += term.bytes
+        known, order, over = self.minimum is not None, list(self.by_axis()), self.over()
+        rows = []
+        for axis, op in sorted({*sent, *least}, key=lambda key: (order.index(key[0]), key[1])):
+            count, wire = sent.get((axis, op), (0, 0.0))
+            must = least.get((axis, op), 0.0)
+            extra = wire - must
+            mark = f"+{bytes_text(extra)}" if axis in over and extra > 0.01 * self.bytes else ""
+            rows.append((axis, op, count, bytes_text(wire), bytes_text(must) if known else "?", mark))
+        return (
+            table(("axis", "collective", "runs", "sent", "least", "too much"), rows)
+            if rows
+            else "nothing is sent"
+        )
+
+    def _why(self, axis: str, more: float) -> str:
+        lines = [f"{axis} sends {bytes_text(more)} more than it must; what it sends:"]
+        lines += [f"  {sender}" for sender in self.senders(axis)[:SHOWN]]
+        return "\n".join(lines)
+
+    def _bars(self) -> list[Bar]:
+        over = self.over()
+        return [
+            Bar(axis, sent, least, axis in over, str(self.senders(axis)[0]) if axis in over else "")
+            for axis, (sent, least) in self.by_axis().items()
+        ]
+
     def svg(self) -> str:
         """Bytes by axis, sent and least, as a picture."""
-        return picture(self.by_axis(), f"{self.target}: bytes sent per device and step")
+        return picture(self._bars(), f"{self.target}: bytes sent per device and step", self.summary())
 
     def _repr_html_(self) -> str:
         return f"{self.svg()}<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sender:
+    """What one line of the user sends along an axis; `kinds`: of findings about it."""
+
+    op: str
+    source: str
+    shape: str
+    runs: int
+    bytes: float
+    kinds: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shape = self.shape if len(self.shape) < 60 else f"{self.shape[:57]}..."
+        return f"{bytes_text(self.bytes)}  {self.op} {shape}, {self.runs} x  {self.source}  {' '.join(self.kinds)}".rstrip()
+
+
+def check_severity(severity: str) -> Severity:
+    """Raises ConfigError where there is no such severity."""
+    for known in SEVERITIES:
+        if severity == known:
+            return known
+    raise ConfigError(f"'{severity}'", where="severity", fix=suggestion(severity, SEVERITIES, "warning"))
 
 
 def audit(step: Compiled) -> Audit:
     """Read a compiled step: every collective against the minimum of its layout, memory, findings.
 
     Args:
-        step: `plan.compile()` or `plan.compile(target=...)`. Warnings of the partitioner are captured for targets
-            only (`plan.compile(target="cpu:8")` is one).
+        step: `plan.compile()`, `plan.compile(target=...)`, or a function of one's own, `plan.jit(...)`, of which no
+            minimum is known. Warnings of the partitioner are captured for targets only (`target="cpu:8"` is one).
+
+    Returns:
+        See `Audit`. The bytes are counted in the compiled program, for one device and step.
+
+    Raises:
+        HloError: the program says something that the reader does not understand.
+
+    Held to it by tests/unit/plan/test_findings.py, which plants each fault, and by counts by hand in test_hlo_programs.py.
     """
+    program = step.program()
     return Audit(
         target=str(step.target or f"{step.platform}:{step.plan.mesh.size}"),
         mesh=dict(step.plan.mesh.shape),
-        collectives=step.collectives(),
-        minimum=minimum(step.plan),
+        collectives=program.collectives,
+        minimum=minimum(step.plan) if step.trains else None,
         findings=tuple(findings(step)),
         memory=step.memory(),
         source=step.source,
-        flops=step.program().flops,
-        lines=step.program().lines,
-    )
-
-
-def bars(by_axis: Mapping[str, tuple[float, float]], width: int = 48) -> str:
-    """Sent and least bytes of each axis, as bars for a terminal."""
-    most = max((max(pair) for pair in by_axis.values()), default=0.0)
-    if not most:
-        return ""
-    name = max(map(len, by_axis))
-    lines = []
-    for axis, (sent, least) in by_axis.items():
-        for label, value, mark in ((axis, sent, "█"), ("", least, "░")):
-            bar = mark * round(width * value / most)
-            lines.append(
-                f"{label.ljust(name)}  {bar or '·'} {bytes_text(value)}{' least' if mark == '░' else ''}"
-            )
-    return "\n".join(lines)
-
-
-def picture(by_axis: Mapping[str, tuple[float, float]], title: str) -> str:
-    """Two bars an axis: what is sent, and the least."""
-    most = max((max(pair) for pair in by_axis.values()), default=0.0) or 1.0
-    height, left, width = 46 * len(by_axis) + 58, 130, 460
-    rows = []
-    for row, (axis, (sent, least)) in enumerate(by_axis.items()):
-        y = 46 + 46 * row
-        over = least > 0 and sent > 1.05 * least
-        rows.append(f'<text x="{left - 10}" y="{y + 18}" text-anchor="end">{html.escape(axis)}</text>')
-        for offset, value, color in ((0, sent, "#c2410c" if over else "#2563eb"), (16, least, "#94a3b8")):
-            length = max(1.0, width * value / most)
-            rows.append(
-                f'<rect x="{left}" y="{y + offset}" width="{length:.1f}" height="13" fill="{color}" rx="2"/>'
-            )
-            rows.append(
-                f'<text x="{left + length + 8:.1f}" y="{y + offset + 11}" class="v">{bytes_text(value)}</text>'
-            )
-    legend = "blue: sent, orange: sent and more than 5% over, grey: the least that the layout has to send"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 110}" height="{height}" '
-        'font-family="system-ui, sans-serif" font-size="13" style="background:#fff">'
-        "<style>.v{font-size:11px;fill:#475569}</style>"
-        f'<text x="12" y="24" font-size="15" font-weight="600">{html.escape(title)}</text>'
-        f'{"".join(rows)}<text x="12" y="{height - 10}" class="v">{legend}</text></svg>'
+        flops=program.flops,
+        lines=program.lines,
     )

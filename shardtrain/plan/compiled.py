@@ -13,15 +13,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardtrain.errors import DataError, MeshError
 from shardtrain.mesh import Target, device_of
 from shardtrain.plan import aot, hlo
+from shardtrain.plan.lines import naming_lines
 from shardtrain.train.state import TrainState
-from shardtrain.tree import bytes_text, table
+from shardtrain.tree import bytes_text, flatten, table
 
 if TYPE_CHECKING:
     from shardtrain.plan.plan import Plan
 
 
 def use_compilation_cache() -> None:
-    """Point JAX's persistent compilation cache at the user's cache folder, unless it is set already."""
+    """Point JAX's persistent compilation cache at the user's cache folder, unless it is set already.
+
+    Its keys get the source lines too: without them a program comes back from the cache with the lines that the code had
+    when it was compiled, and a finding names the wrong one.
+    """
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "shardtrain" / "xla"))
@@ -31,7 +37,11 @@ class Compiled:
     """A function of `(state, batch)`, compiled. The state may be donated; its shardings are kept.
 
     `target`: what it was compiled for; None: the devices of the plan's mesh, on which it can be called.
+    `changed`: leaves of the state that it returns in another shape or dtype.
+    `trains`: whether it is the plan's own training step, for which a minimum of bytes is known.
     """
+
+    trains = False
 
     def __init__(
         self,
@@ -50,6 +60,7 @@ class Compiled:
         self._batch_count = len(batch_leaves)
         shardings = tuple(leaf.sharding for leaf in plan.abstract_state.leaves)
         self._out: Any = None
+        self.changed: tuple[str, ...] = ()
         self._program: hlo.Program | None = None
 
         def flat(*leaves: Any) -> tuple[Any, ...]:
@@ -67,7 +78,8 @@ class Compiled:
         abstract = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves
         ]
-        traced = self._jitted.trace(*plan.abstract_state.leaves, *abstract)
+        with naming_lines():
+            traced = self._jitted.trace(*plan.abstract_state.leaves, *abstract)
         if target is None:
             self.lowered = traced.lower()
             self.executable: Any = self.lowered.compile()
@@ -97,11 +109,17 @@ class Compiled:
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, TrainState):
             return value
+        self._compare(value.leaves)
         pinned = [
             jax.lax.with_sharding_constraint(x, leaf.sharding)
             for x, leaf in zip(value.leaves, self.plan.abstract_state.leaves, strict=True)
         ]
         return TrainState(tuple(pinned), value.structure)
+
+    def _compare(self, leaves: Any) -> None:
+        old = flatten(self.plan.abstract_state)
+        pairs = zip(old.items(), leaves, strict=True)
+        self.changed = tuple(p for (p, a), b in pairs if (a.shape, a.dtype) != (b.shape, b.dtype))
 
     def _flat(self, state: TrainState, batch: Any) -> Any:
         leaves = jax.tree.leaves(batch)
@@ -170,12 +188,15 @@ class Compiled:
 class Step(Compiled):
     """The training step. Never waits for the device; the metrics are device values."""
 
+    trains = True
+
     def _out_shardings(self, state: tuple[Any, ...]) -> Any:
         return state, NamedSharding(self.plan.mesh, PartitionSpec())
 
     def _outputs(self, result: tuple[TrainState, dict[str, jax.Array]]) -> Any:
         state, metrics = result
         assert state.structure == self._structure, "the step changes the structure of the state"
+        self._compare(state.leaves)
         return state.leaves, metrics
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:

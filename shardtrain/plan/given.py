@@ -17,6 +17,7 @@ from shardtrain.errors import ConfigError, DataError, ShardTrainError
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.groups import Loss, as_loss
 from shardtrain.parallel.remat import uses_remat
+from shardtrain.plan.lines import naming_lines
 from shardtrain.plan.model import FROZEN, VARIABLES, Model
 from shardtrain.plan.traffic import uses
 from shardtrain.sharding import Rules, context
@@ -136,10 +137,18 @@ class Seen:
     lines: Mapping[str, str]
 
 
-def watch(loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules) -> Seen:
-    """Trace the loss once on shapes alone; finds its mistakes early."""
-    seen = context.Layout(mesh=None, activations=rules.activations)
-    with context.use(seen):
+def watch(
+    loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules, mesh: AnyMesh | None = None
+) -> Seen:
+    """Trace the loss once on shapes alone; finds its mistakes early.
+
+    Raises:
+        ShardingError: a constraint that cannot be on this mesh, with the user's line.
+    """
+    sizes = {} if mesh is None else dict(mesh.shape)
+    manual = frozenset() if mesh is None else frozenset(rules.batch_axes(mesh))
+    seen = context.Layout(mesh=None, activations=rules.activations, manual=manual, sizes=sizes)
+    with context.use(seen), naming_lines():
         jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
             params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sysconfig
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import shardtrain
+from shardtrain.errors import ShardTrainError
 
 _OURS = pathlib.Path(shardtrain.__file__).parent
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
@@ -35,3 +38,16 @@ def equation_line(equation: Any) -> str:
     traceback = getattr(getattr(equation, "source_info", None), "traceback", None)
     frames = getattr(traceback, "frames", None) or ()
     return user_line((frame.file_name, frame.line_num) for frame in frames)
+
+
+@contextlib.contextmanager
+def naming_lines() -> Iterator[None]:
+    """While a user's function is traced: its errors of ours say at which of the user's lines they arose."""
+    try:
+        yield
+    except ShardTrainError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = user_line((frame.filename, frame.lineno or 0) for frame in reversed(frames))
+        if line and not error.where.startswith(line):
+            error.where = f"{line}: {error.where}" if error.where else line
+        raise

@@ -126,7 +126,7 @@ def plan(
     platform = device_of(mesh).platform
     wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
-    seen = watch(loss, params, model_state, group_batch, rules)
+    seen = watch(loss, params, model_state, group_batch, rules, mesh)
     leaves = layouts.parameter_leaves(
         named,
         axes,
@@ -402,19 +402,31 @@ class Plan:
             self, lambda state, batch: evaluate_step(self._parts(train=False, loss_fn=loss_fn), state, batch)
         )
 
-    def jit(self, function: Callable[..., Any], *, donate: bool = False) -> Compiled:
+    def jit(
+        self,
+        function: Callable[..., Any],
+        *,
+        donate: bool = False,
+        target: Target | str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Compiled:
         """Compile any function of `(state, batch)` over the same shardings: generation, distillation, RL.
 
         Inside, arrays are global; `plan.model(state)` is the model, and `st.constrain` works. Returned
-        `TrainState`s keep the plan's shardings.
+        `TrainState`s keep the plan's shardings. `donate`, `target` and `options` as in `compile`; a function of one
+        plan that is compiled for a target must not close over arrays on the devices that are here.
         """
-        layout = context.Layout(self.mesh, self.rules.activations)
+        use_compilation_cache()
+        there = self if target is None else self.on(aot.mesh_for(Target(target), self.mesh.shape))
+        layout = context.Layout(there.mesh, self.rules.activations)
 
         def run(state: TrainState, batch: Any) -> Any:
             with context.use(layout):
                 return function(state, batch)
 
-        return Compiled(self, run, donate=donate)
+        return Compiled(
+            there, run, donate=donate, target=None if target is None else Target(target), options=options
+        )
 
     # --- reports ---------------------------------------------------------------------------------
 

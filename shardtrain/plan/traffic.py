@@ -182,7 +182,7 @@ class _Walk:
         for v in rest if name != "dot_general" else []:
             if v.weight is not None:
                 self.uses.setdefault(v.weight.path, set()).add(name)
-        return [made, *[_Value(None, made.grad) for _ in eqn.outvars[1:]]]
+        return [made, *[_Value(None, made.grad) for _ in eqn.outvars[1:]]][: len(eqn.outvars)]
 
     def _scan(self, eqn: Any, ins: list[_Value], times: int) -> list[_Value]:
         body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])

@@ -65,6 +65,7 @@ def spec_of(x: jax.Array, *axes: str | None) -> PartitionSpec | None:
     dims: list[Any] = []
     used: dict[str, str] = {}
     offset = x.ndim - len(axes)
+    sizes: Any = layout.sizes if layout.mesh is None else layout.mesh.shape
     # `constrain(h, "batch", "mlp")` on [batch, seq, mlp]: "batch" is always the leading dim.
     names: list[str | None] = [*[None] * offset, *axes]
     if offset and axes and axes[0] == "batch":
@@ -80,11 +81,7 @@ def spec_of(x: jax.Array, *axes: str | None) -> PartitionSpec | None:
                 why=f"known: {', '.join(sorted(layout.activations))}",
                 fix=suggestion(name, layout.activations, f"rules.override(activations={{'{name}': None}})"),
             )
-        if layout.mesh is None:
-            continue
-        free = tuple(
-            a for a in layout.activations[name] if a not in layout.manual and layout.mesh.shape.get(a, 1) > 1
-        )
+        free = tuple(a for a in layout.activations[name] if a not in layout.manual and sizes.get(a, 1) > 1)
         for axis in free:
             if axis in used:
                 raise ShardingError(
@@ -96,9 +93,9 @@ def spec_of(x: jax.Array, *axes: str | None) -> PartitionSpec | None:
             used[axis] = name
         size = 1
         for axis in free:
-            size *= layout.mesh.shape[axis]
+            size *= sizes[axis]
         if x.shape[dim] % size:
-            mesh = " ".join(f"{a}={layout.mesh.shape[a]}" for a in free)
+            mesh = " ".join(f"{a}={sizes[a]}" for a in free)
             raise ShardingError(
                 f"dim {dim} '{name}' = {x.shape[dim]} is not divisible by {size} (mesh {mesh})",
                 where=f"constrain{axes}",

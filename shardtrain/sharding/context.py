@@ -23,6 +23,7 @@ class Layout:
     """Mesh and rules as one trace sees them. Compared by identity, so it can be part of a cache key.
 
     `mesh`: None in the first abstract trace, which needs no devices and only watches the model.
+    `sizes`: of its mesh axes then, so that constraints are checked all the same.
     `activations`: logical axis -> mesh axes. `manual`: mesh axes that an enclosing `shard_map` holds.
     `params`: path of a parameter leaf -> how `gather` makes it whole (see `parallel/fsdp.py`).
     `exchanged`: paths of tables whose rows are exchanged. `lookups`: filled by `lookup` in the first trace.
@@ -36,6 +37,7 @@ class Layout:
     exchanged: frozenset[str] = frozenset()
     lookups: list[Any] = dataclasses.field(default_factory=list)
     gathered: set[str] = dataclasses.field(default_factory=set)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def current() -> Layout | None:

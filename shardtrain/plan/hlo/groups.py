@@ -49,11 +49,11 @@ def _all(mesh: Mapping[str, int]) -> list[list[int]]:
 
 def _of_mesh(axes: str, devices: str, chosen: str) -> list[list[int]]:
     """`mesh['x'=8,'y'=4] {'x':(2)2,'y'}`: `:(pre)size` takes a part of an axis."""
-    sizes = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)]
+    sizes = [(name, int(n)) for name, n in re.findall(r"'?([\w.\-]+)'?=(\d+)", axes)]
     ids = np.arange(math.prod(n for _, n in sizes))
     if devices:
         ids = _device_ids(devices, ids.size)
-    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+    wanted = re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", chosen)
     order: dict[tuple[str, int], int] = {}
     shape: list[int] = []
     for name, n in sizes:

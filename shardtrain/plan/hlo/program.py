@@ -13,7 +13,7 @@ from shardtrain.plan.hlo.collectives import KINDS, Collective, Collectives
 from shardtrain.plan.hlo.flops import product_flops
 from shardtrain.plan.hlo.groups import mesh_axes, replica_groups
 from shardtrain.plan.hlo.loops import known_state, trip_count
-from shardtrain.plan.hlo.text import HloError, Instruction, Module, parse, shapes, size
+from shardtrain.plan.hlo.text import Frame, HloError, Instruction, Module, parse, shapes, size
 
 _MEGASCALE = "_xla_megascale_transfer_type"
 _CALLERS = {"fusion", "call", "custom-call", "conditional", "async-start"}
@@ -26,6 +26,7 @@ class Program:
     `flops`: of products, per device and step (see `hlo.flops` for what no text shows). `computations`: name ->
     instructions. `times`: runs of each a step, 0 if never. `loops`: trip counts around each, outermost first.
     `aliases`: numbers of the entry's parameters that are written in place. `lines`: instructions, the program's size.
+    `frames`: the program's stack frames by number, innermost first.
     """
 
     collectives: Collectives
@@ -36,6 +37,7 @@ class Program:
     loops: Mapping[str, tuple[int, ...]]
     aliases: frozenset[int]
     lines: int
+    frames: Mapping[int, tuple[Frame, ...]]
 
 
 def read(text: str, mesh: Any) -> Program:
@@ -69,6 +71,7 @@ def read(text: str, mesh: Any) -> Program:
         loops=walk.loops,
         aliases=_aliases(module.header),
         lines=sum(map(len, module.computations.values())),
+        frames=module.frames,
     )
 
 
@@ -87,6 +90,7 @@ class _Walk:
         self.loops: dict[str, tuple[int, ...]] = {}
         self.reached: set[str] = set()
         self.asynchronous: set[str] = set()
+        self.callers: dict[str, tuple[str, Instruction]] = {}
         self.matters = self._matters()
 
     def _matters(self) -> set[str]:
@@ -120,6 +124,8 @@ class _Walk:
             self.asynchronous.add(name)
         for instruction in self.module.computations[name]:
             inner = [c for c in called(instruction) if c in self.matters]
+            for callee in inner:
+                self.callers.setdefault(callee, (name, instruction))
             if not inner:
                 continue
             if instruction.op == "while":
@@ -243,7 +249,7 @@ def _collective(
     axes = mesh_axes(groups, mesh)
     whole = math.prod(mesh[a] for a in axes)
     count = walk.times[where]
-    explained = _explained(instruction, walk.bodies[where])
+    explained = _explained(instruction, where, walk)
     return Collective(
         op=kind,
         axes=axes,
@@ -293,7 +299,7 @@ def _slices(instruction: Instruction, walk: _Walk, where: str, mesh: Mapping[str
     n, operand = mesh[axis], walk.bodies[where][instruction.operands[0]].result
     payload, share = size(operand) * (n if kind == "all-gather" else 1), (n - 1) / n
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-    meaning = _explained(instruction, walk.bodies[where])
+    meaning = _explained(instruction, where, walk)
     return Collective(
         op=kind,
         axes=(axis,),
@@ -313,8 +319,18 @@ def _slices(instruction: Instruction, walk: _Walk, where: str, mesh: Mapping[str
     )
 
 
-def _explained(instruction: Instruction, body: Mapping[str, Instruction]) -> Instruction:
-    """The nearest instruction that says where it comes from: partitioners drop it from what they insert."""
+def _explained(instruction: Instruction, where: str, walk: _Walk) -> Instruction:
+    """The nearest instruction that says where it comes from: partitioners drop it from what they insert, fusions keep
+    it outside."""
+    for _ in range(3):
+        found = _nearest(instruction, walk.bodies[where])
+        if found.frames or where not in walk.callers:
+            return found
+        where, instruction = walk.callers[where]
+    return instruction
+
+
+def _nearest(instruction: Instruction, body: Mapping[str, Instruction]) -> Instruction:
     if instruction.frames:
         return instruction
     users: dict[str, list[str]] = collections.defaultdict(list)

@@ -56,11 +56,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """`computations`: name -> instructions in order. `header`: the first line."""
+    """`computations`: name -> instructions in order. `header`: the first line. `frames`: stack frames by number."""
 
     header: str
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
+    frames: dict[int, tuple[Frame, ...]]
 
 
 def parse(text: str) -> Module:
@@ -89,7 +90,7 @@ def parse(text: str) -> Module:
             pending[-1] += " " + line  # kernels print their metadata over several lines
     if not entry:
         raise HloError("no ENTRY computation in the text")
-    return Module(lines[0] if lines else "", computations, entry)
+    return Module(lines[0] if lines else "", computations, entry, frames)
 
 
 def _instruction(line: str, frames: dict[int, tuple[Frame, ...]]) -> Instruction:
