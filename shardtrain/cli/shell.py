@@ -1,7 +1,7 @@
 """What all commands share: arguments, the one JSON object, errors and exit codes.
 
 0 done; 1 a check found something; 2 the input is wrong; 3 the run failed; 75 interrupted from
-outside, committed, resumable.
+outside, committed, resumable; 130 a Ctrl-C where there was nothing to save.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
 from shardtrain.errors import ConfigError, RunError, ShardTrainError, suggestion
 
-DONE, FOUND, WRONG_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 75
+DONE, FOUND, WRONG_INPUT, FAILED, INTERRUPTED, CANCELLED = 0, 1, 2, 3, 75, 130
 
 
 class Command(Protocol):
@@ -38,8 +40,47 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message, where="arguments", fix=f"{self.prog} --help")
 
 
+class Asked:
+    """Ctrl-C and SIGTERM until a loop handles them itself: an exception that is not lost.
+
+    Raised inside a callback of C code (JAX has one in every garbage collection) it is printed and dropped, and
+    inside an import it may become another exception. So it is also kept in `caught`, where the loop finds it.
+    """
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Asked:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self)
+        return self
+
+    def __call__(self, number: int, _: Any) -> None:
+        self.caught = self.caught or number
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+    def answer(self, name: str) -> tuple[int, dict[str, Any]]:
+        """Exit code and JSON of a command that was stopped where there was nothing to save."""
+        code = INTERRUPTED if self.caught == signal.SIGTERM else CANCELLED
+        line = "interrupted; what was saved is kept, and the same command goes on"
+        print(line, file=sys.stderr)
+        return code, {"error": {"kind": "Interrupted", "where": name, "message": line, "try": "again"}}
+
+
 def run(name: str, command: Command, arguments: list[str]) -> int:
     """Parse, run, print, and turn errors into one message and an exit code."""
+    with Asked() as asked:
+        return _run(name, command, arguments, asked)
+
+
+def _run(name: str, command: Command, arguments: list[str], asked: Asked) -> int:
     debug, as_json = "--debug" in arguments, "--json" in arguments
     out = _keep_stdout() if as_json else None
     code = WRONG_INPUT
@@ -73,32 +114,30 @@ def run(name: str, command: Command, arguments: list[str]) -> int:
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted before anything was saved", file=sys.stderr)
-        code, result = (
-            130,
-            {"error": {"kind": "Interrupted", "where": name, "message": "interrupted", "try": "again"}},
-        )
+        code, result = asked.answer(name)
     except BrokenPipeError:
         return _quiet_pipe()
     except Exception as error:
-        code = FAILED
-        result = {
-            "error": {"kind": type(error).__name__, "where": name, "message": str(error), "try": "--debug"}
-        }
-        if debug:
-            traceback.print_exc()
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            last = frames[-1] if frames else None
-            at = f" ({last.filename}:{last.lineno})" if last else ""
-            print(
-                f"the run failed: {type(error).__name__}: {error}{at}\n  --debug shows the traceback",
-                file=sys.stderr,
-            )
+        code, result = asked.answer(name) if asked.caught else _failed(name, error, debug)
     if out is not None:
         with os.fdopen(out, "w") as stream:
             stream.write(json.dumps(result, default=str, allow_nan=False) + "\n")
     return code
+
+
+def _failed(name: str, error: Exception, debug: bool) -> tuple[int, dict[str, Any]]:
+    if debug:
+        traceback.print_exc()
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = frames[-1] if frames else None
+        at = f" ({last.filename}:{last.lineno})" if last else ""
+        print(
+            f"the run failed: {type(error).__name__}: {error}{at}\n  --debug shows the traceback",
+            file=sys.stderr,
+        )
+    message = {"kind": type(error).__name__, "where": name, "message": str(error), "try": "--debug"}
+    return FAILED, {"error": message}
 
 
 def _keep_stdout() -> int:

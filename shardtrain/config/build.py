@@ -85,6 +85,7 @@ def build_text(config: RunConfig) -> Any:
         tokenizer=text.tokenizer,
         eval_fraction=text.eval_fraction,
         text_field=text.field,
+        dtype=text.dtype,
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -57,8 +58,8 @@ def train(
     )  # refuses what cannot be, before anything is written
     if fresh and jax.process_index() == 0:
         _set_aside(path)
-    _make(path)
-    handler = _log_file(path)
+    new = not path.exists()
+    handler = _open(path)
     try:
         started: dict[str, Any] = {}
 
@@ -101,6 +102,8 @@ def train(
     finally:
         logging.getLogger("shardtrain").removeHandler(handler)
         handler.close()
+        if new and jax.process_count() == 1 and not (path / "config.json").exists():
+            shutil.rmtree(path, ignore_errors=True)  # no run has begun: leave nothing half-written
 
 
 def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConfig:
@@ -129,13 +132,21 @@ def _saved(path: pathlib.Path) -> RunConfig | None:
     return load_config(str(file)) if file.is_file() else None
 
 
-def _make(path: pathlib.Path) -> None:
+def _open(path: pathlib.Path) -> logging.Handler:
+    """Make the run's folder, and log into it."""
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path / "logs" / f"process-{jax.process_index()}.log", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot be written: {error.strerror}", where=f"output {path}", fix="--output DIR that can be"
         ) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("shardtrain")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.info("started on %d devices, %d processes", jax.device_count(), jax.process_count())
+    return handler
 
 
 def _set_aside(path: pathlib.Path) -> None:
@@ -152,16 +163,6 @@ def _write_config(path: pathlib.Path, config: RunConfig) -> None:
         os.replace(work, path / "config.json")
 
 
-def _log_file(path: pathlib.Path) -> logging.Handler:
-    handler = logging.FileHandler(path / "logs" / f"process-{jax.process_index()}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("shardtrain")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    logger.info("started on %d devices, %d processes", jax.device_count(), jax.process_count())
-    return handler
-
-
 def _run_id(path: pathlib.Path) -> str:
     file = path / "wandb-run-id"
     if not file.exists():
@@ -170,8 +171,10 @@ def _run_id(path: pathlib.Path) -> str:
 
 
 def sample(run_model: Any, text: Any, config: RunConfig, seed: int = 0) -> str:
-    """Generated text after the config's prompt; empty without a prompt or a language model."""
+    """Generated text after the config's prompt; empty without a prompt, a tokenizer or a language model."""
     if not config.sample or text is None or not isinstance(run_model, LanguageModel):
+        return ""
+    if text.manifest["tokenizer"] is None:  # the data came as tokens
         return ""
     tokenizer = text.tokenizer()
     prompt = tokenizer.encode(config.sample, add_special_tokens=False).ids

@@ -77,7 +77,7 @@ class Text:
     `source`: `king_james` (ships with the library), a file or pattern (.txt, .txt.gz, .jsonl, .npy, .bin), or a
     folder that `shardtrain data prepare` wrote.
     `tokenizer`: `bpe:N` trains a byte-pair tokenizer of N entries on the text; or a tokenizer.json.
-    `sequence`: tokens per row. `field`: of .jsonl. `cache`: folder of tokenised files.
+    `sequence`: tokens per row. `field`: of .jsonl. `dtype`: of .bin. `cache`: folder of tokenised files.
     """
 
     source: str = "king_james"
@@ -85,6 +85,7 @@ class Text:
     sequence: int = 128
     eval_fraction: float = 0.05
     field: str = "text"
+    dtype: Literal["uint16", "uint32"] = "uint16"
     cache: str = ""
 
 

@@ -59,7 +59,9 @@ class TokenData:
         """
         if self.manifest["tokenizer"] is None:
             raise DataError(
-                "was prepared from tokens, without a tokenizer", where=str(self.path), fix="a text source"
+                "was prepared from tokens, without a tokenizer",
+                where=str(self.path),
+                fix="prepare them with the tokenizer.json that made them (--data.tokenizer FILE)",
             )
         return tokenizer.load(self.path / "tokenizer.json")
 
@@ -114,7 +116,7 @@ def prepare(
         raise DataError(
             f"cannot be written: {error.strerror or error}",
             where=str(place.parent),
-            fix="--data.cache DIR that can be",
+            fix="a folder that can be (--data.cache, or --output of `data prepare`)",
         ) from error
     return open_tokens(place)
 

@@ -116,7 +116,9 @@ def tokens(file: pathlib.Path, dtype: str) -> np.ndarray:
         width = np.dtype(dtype).itemsize
         if size % width:
             raise DataError(
-                f"{size} bytes are not whole {dtype} tokens", where=str(file), fix="--dtype uint16 or uint32"
+                f"{size} bytes are not whole {dtype} tokens",
+                where=str(file),
+                fix="--data.dtype uint16 or uint32 (--dtype of `data prepare`)",
             )
         return np.memmap(file, dtype=dtype, mode="r")
     try:

@@ -120,7 +120,7 @@ class WandbWriter:
     """Weights & Biases; `run_id` is kept with the run, so that a resume continues the same one.
 
     Raises:
-        ConfigError: the extra `wandb` is not installed.
+        ConfigError: the extra `wandb` is not installed, or W&B does not take the run.
     """
 
     def __init__(
@@ -132,9 +132,16 @@ class WandbWriter:
             raise ConfigError(
                 "wandb is not installed", where="monitor.wandb", fix="pip install 'shardtrain[wandb]'"
             ) from error
-        self._run = wandb.init(
-            project=project, id=run_id, resume="allow", dir=str(directory), config=dict(config)
-        )
+        try:
+            self._run = wandb.init(
+                project=project, id=run_id, resume="allow", dir=str(directory), config=dict(config)
+            )
+        except Exception as error:  # no login, no network, no such project
+            raise ConfigError(
+                f"W&B did not start: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                where="monitor.wandb",
+                fix="wandb login, or WANDB_MODE=offline to write the run here",
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, float], kind: str = "train") -> None:
         self._run.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)

@@ -277,6 +277,9 @@ class _Signals(contextlib.AbstractContextManager["_Signals"]):
         if threading.current_thread() is threading.main_thread() and (self._single or self._agreed):
             for number in [signal.SIGINT, signal.SIGTERM] if self._single else [signal.SIGINT]:
                 self._old[number] = signal.signal(number, self._catch)
+            earlier = max((getattr(old, "caught", 0) for old in self._old.values()), default=0)
+            if earlier:  # an outer handler was asked, and could not leave
+                self._catch(earlier, None)
         return self
 
     def _catch(self, number: int, _: Any) -> None:

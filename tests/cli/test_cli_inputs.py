@@ -130,6 +130,27 @@ def test_output_that_cannot_be(config, tmp_path, shardtrain):
     check(code, err, ["cannot be written"])
 
 
+def test_a_run_whose_log_cannot_be_written(config, tmp_path, shardtrain):
+    """A folder in the log's place, since a test may run as root. Failed once: exit code 3."""
+    (tmp_path / "run" / "logs" / "process-0.log").mkdir(parents=True)
+    code, _, err = shardtrain("train", config, *BASE)
+    check(code, err, ["cannot be written", "--output"])
+
+
+def test_nothing_is_left_of_a_run_that_did_not_begin(config, tmp_path, shardtrain, monkeypatch):
+    """A monitor that refuses comes after the folder was made. Failed once: `logs/` and W&B's id stayed."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = shardtrain("train", config, *BASE, "--monitor.wandb", "words")
+    check(code, err, ["shardtrain[wandb]"])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("x")
+    assert shardtrain("train", config, *BASE, "--monitor.wandb", "words")[0] == 2
+    assert (tmp_path / "run" / "mine").exists()  # a folder that was there is never removed
+
+
 def test_damaged_and_foreign_checkpoints(config, tmp_path, shardtrain):
     """A cut-off array file, and a checkpoint of another model. The fault in mind: either read without a word."""
     import shutil

@@ -139,6 +139,33 @@ def test_signals_save_and_leave(config, tmp_path, sent, expected):
     assert max(losses(tmp_path / "run")) == found["steps"]
 
 
+@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("way", ["raised", "turned into another exception", "swallowed"])
+def test_signals_before_the_first_step(sent, expected, way, monkeypatch, as_json, config):
+    """Whatever becomes of the exception on its way. Failed once: SIGTERM killed, and a Ctrl-C that came inside a
+    callback of C code was lost."""
+    import shardtrain.config as room
+
+    def resolve(*_):
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if way == "raised":
+                raise
+        if way == "turned into another exception":
+            raise ImportError("Encountered an error while initializing the extension.")
+        handler = signal.getsignal(signal.SIGINT)
+        assert handler.caught == sent  # where the loop finds it
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(room, "resolve", resolve)
+    code, found = as_json("train", config)
+    assert code == expected and found["error"]["kind"] == "Interrupted"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_generate(trained, shardtrain, as_json):
     """On one device, from a run on eight. Failed once on the groups of the run."""
     code, out, _ = shardtrain(
@@ -186,6 +213,27 @@ def test_prepared_folder_as_source(config, tmp_path, shared, as_json):
         "train", config, "--data.source", prepared["path"], "--steps", "1", "--eval-every", "0"
     )
     assert code == 0, found
+
+
+@pytest.mark.parametrize("suffix", ["bin", "npy"])
+def test_tokens_as_source(suffix, config, tmp_path, as_json, shardtrain):
+    """Tokens that came without a tokenizer, and 4-byte ones, train by a config field. Failed once at the sample, after
+    the training; a uint32 .bin was read as uint16."""
+    import numpy as np
+
+    tokens = np.arange(4000, dtype=np.uint32) % 300
+    file = tmp_path / f"tokens.{suffix}"
+    if suffix == "bin":
+        tokens.tofile(file)
+    else:
+        np.save(file, tokens)
+    flags = ["--data.source", file, "--data.dtype", "uint32", "--data.cache", tmp_path / "cache"]
+    code, found = as_json("train", config, *flags, "--steps", "1", "--eval-every", "0")
+    assert code == 0 and found["exit"] == 0, found
+    manifest = json.loads(next((tmp_path / "cache").glob("*/manifest.json")).read_text())
+    assert manifest["vocab_size"] == 300 and sum(manifest["tokens"].values()) == 4000
+    code, _, err = shardtrain("generate", tmp_path / "run", "--prompt", "a")
+    assert code == 2 and "without a tokenizer" in err and "--data.tokenizer" in err
 
 
 def test_precedence(config):

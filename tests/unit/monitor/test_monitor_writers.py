@@ -171,6 +171,21 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
     assert run.logged[:2] == [(1, {"train/loss": 1.0}), (1, {"eval/loss": 2.0})] and run.finished
 
 
+@pytest.mark.parametrize(
+    ("message", "said"), [("No API key configured.\nUse", "No API key"), ("", "OSError")]
+)
+def test_wandb_that_does_not_start_says_how(tmp_path, monkeypatch, message, said):
+    """No login, no network. Failed once: W&B's own exception, and exit code 3."""
+
+    def init(**_: Any) -> FakeRun:
+        raise OSError(message)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ConfigError) as caught:
+        WandbWriter("words", "abc", directory=tmp_path, config={})
+    assert said in caught.value.message and "WANDB_MODE=offline" in caught.value.fix
+
+
 def test_wandb_missing_names_the_extra(tmp_path, monkeypatch):
     """Failed once when the ImportError came through."""
     monkeypatch.setitem(sys.modules, "wandb", None)

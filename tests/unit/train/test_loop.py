@@ -322,6 +322,25 @@ def test_a_second_signal_does_not_cut_the_save():
     assert said[0].startswith("SIGINT: finishing") and "once more leaves at once" in said[1]
 
 
+@pytest.mark.parametrize(("sent", "stopped"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
+def test_a_signal_that_an_outer_handler_could_not_act_on(sent, stopped):
+    """Its exception was swallowed before the loop began: one step, saved, and out. Failed once: trained on."""
+
+    class Outer:
+        caught = sent
+
+        def __call__(self, *_: Any) -> None:
+            raise AssertionError("the loop has the signals now")
+
+    before = signal.signal(signal.SIGINT, Outer())
+    checkpoints = Checkpoints()
+    try:
+        result = go(50, checkpoints=checkpoints)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.stopped, result.step, checkpoints.saves) == (stopped, 1, [(1, True)])
+
+
 def test_a_third_signal_leaves_at_once(tmp_path):
     """Failed once when it was counted and ignored like the second."""
     code = """
