@@ -10,8 +10,9 @@ target's own compiler (default options of `plan.compile`) and every collective o
     ratio = wire bytes per device and step / minimum of the layout (shardtrain/plan/minimum.py)
 
 `alone` is the same model, state shardings and microbatches with everything left to the partitioner: plain
-`value_and_grad` of the whole batch under `jit`, held against the minimum with bf16 gradients, in which plain JAX reduces
-them. Precision bf16: bf16 on the wire; ours reduces gradients in float32. Results go to `benchmarks/results/bytes.json` after every case, a picture beside it.
+`value_and_grad` of the whole batch under `jit`, held against the minimum with bf16 gradients, in which plain JAX
+reduces them. Precision bf16: bf16 on the wire; ours reduces gradients in float32. Results go to
+`benchmarks/results/bytes.json` after every case; a table and a picture stand beside it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,15 @@ LAYOUTS: dict[str, Layout] = {
     "slice x fsdp": Layout("fsdp", {"fsdp": 0}, slices=True),
     "slice x fsdp x tensor": Layout("fsdp_tensor", {"fsdp": 2, "tensor": 0}, slices=True),
 }
-SINGLE = ("data", "data, 8 microbatches", "zero1", "zero1, 8 microbatches", "fsdp", "tensor", "tensor_sequence")
+SINGLE = (
+    "data",
+    "data, 8 microbatches",
+    "zero1",
+    "zero1, 8 microbatches",
+    "fsdp",
+    "tensor",
+    "tensor_sequence",
+)
 OTHERS = ("data", "zero1", "fsdp", "tensor", "fsdp x tensor")  # of models that are not ours
 ALONE = ("data", "data, 8 microbatches", "zero1", "fsdp", "tensor", "fsdp x tensor")
 
@@ -156,7 +165,10 @@ def alone(plan: st.Plan, state: Any, batch: Any) -> Any:
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch
         )
-        add = lambda total, rows: (jax.tree.map(jnp.add, total, jax.grad(objective)(state.params, rows)), None)
+        add = lambda total, rows: (
+            jax.tree.map(jnp.add, total, jax.grad(objective)(state.params, rows)),
+            None,
+        )
         grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), parts)
     updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
     return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
@@ -200,7 +212,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row a layout, a column a target and model; ours, and alone in brackets."""
     columns = sorted({(r["target"], r["model"]) for r in rows}, key=lambda c: (TARGETS.index(c[0]), c[1]))
     values = {(r["target"], r["model"], r["layout"], r["alone"]): r for r in rows}
-    lines = ["| layout | " + " | ".join(f"{t} {m}" for t, m in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| layout | " + " | ".join(f"{t} {m}" for t, m in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for layout in LAYOUTS:
         cells = []
         for target, model in columns:
@@ -233,11 +248,16 @@ def picture(rows: list[dict[str, Any]]) -> str:
                 if bare:
                     parts.append(f'<text x="{left - 10}" y="{y + 16}" text-anchor="end">{layout}</text>')
                 top = y + (0 if bare else 13)
-                parts.append(f'<rect x="{left}" y="{top}" width="{max(2.0, at(value) - left):.1f}" height="11" fill="{color}" rx="2"/>')
-                parts.append(f'<text x="{max(at(value), left + 2) + 6:.1f}" y="{top + 10}" class="v">{value:.2f}</text>')
+                bar = f'x="{left}" y="{top}" width="{max(2.0, at(value) - left):.1f}" height="11"'
+                parts.append(f'<rect {bar} fill="{color}" rx="2"/>')
+                parts.append(
+                    f'<text x="{max(at(value), left + 2) + 6:.1f}" y="{top + 10}" class="v">{value:.2f}</text>'
+                )
             y += 34
         y += 22
-    legend = "orange: propagation alone, blue: shardtrain; bytes sent / least bytes of the layout, log scale, GPT"
+    legend = (
+        "orange: propagation alone, blue: shardtrain; bytes sent / least bytes of the layout, log scale, GPT"
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 70}" height="{y + 16}" '
         'font-family="system-ui, sans-serif" font-size="13" style="background:#fff">'
@@ -248,7 +268,9 @@ def picture(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="cases whose name has this in it (words, all of them)")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--draw", action="store_true", help="measure nothing")

@@ -75,7 +75,9 @@ def main() -> None:
                 for r in rows
                 if r["layers"] == 4 and r["tensor"] == tensor
             }
-            growth[f"{family}, tensor={tensor}: 8 to 256 devices"] = round(cost[names[-1]] / cost[names[0]], 3)
+            growth[f"{family}, tensor={tensor}: 8 to 256 devices"] = round(
+                cost[names[-1]] / cost[names[0]], 3
+            )
     for name in ("v5e:2x4", "h100:1x8"):
         cost = {r["layers"]: r for r in rows if r["target"] == name and r["layers"] in LAYERS}
         first, last = cost[LAYERS[0]], cost[LAYERS[-1]]

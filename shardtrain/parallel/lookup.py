@@ -59,7 +59,7 @@ def lookup(table: jax.Array, ids: jax.Array, path: str) -> jax.Array:
     shard = layout.params.get(path)
     if shard is None:
         return table[ids]
-    rows = jax.ShapeDtypeStruct((*ids.shape, table.shape[-1]), table.dtype)
+    rows: Any = jax.ShapeDtypeStruct((*ids.shape, table.shape[-1]), table.dtype)
     stream = spec_of(rows, "batch", "seq", "embed") if ids.ndim == 2 else None
     vocab = shard.spec[0] if shard.spec else None
     scatter = vocab is not None and stream is not None and stream[1] == vocab

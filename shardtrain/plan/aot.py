@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from shardtrain.errors import CompileError, ConfigError
 from shardtrain.mesh.build import device_grid
 from shardtrain.mesh.target import Target
+from shardtrain.plan.options import heard, options_for
 from shardtrain.tree import bytes_text
 
 FORMAT = 1  # of the cache
@@ -32,10 +33,6 @@ _COMPILER = {  # platform -> module that must be there, distribution whose versi
     "cpu": ("jaxlib", "jaxlib", ""),
 }
 _ROOT = pathlib.Path(__file__).resolve().parents[2]  # the worker imports this very package
-_HEARD = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # the user's own settings that change a program
-
-OPTIONS: dict[str, dict[str, str]] = {"tpu": {}, "cuda": {}, "cpu": {}}
-"""Compiler options that `plan.compile(target=...)` starts from, by platform; see the README."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,7 @@ def compile_for(
     Args:
         module: `lowered.compiler_ir("stablehlo")`, partitioned over `mesh`.
         mesh: axis sizes in mesh order.
-        options: XLA compiler options of that platform, over `OPTIONS`; None for a value leaves one out.
+        options: XLA compiler options of that platform, over those of `plan.options`.
         timeout: seconds of wall time.
 
     Raises:
@@ -93,13 +90,11 @@ def compile_for(
         CompileError: the compiler refused, ran out of the device's memory, died or took too long.
     """
     version = compiler_version(target)
-    wanted = {**OPTIONS[target.platform], **(options or {})}
-    wanted = {name: str(value) for name, value in wanted.items() if value is not None}
+    wanted = options_for(target.platform, options)
     buffer = io.BytesIO()
     module.operation.write_bytecode(buffer)
     request = {"target": target.name, "mesh": dict(mesh), "options": wanted}
-    heard = [os.environ.get(name, "") for name in _HEARD]
-    identity = json.dumps([FORMAT, request, version, heard], sort_keys=True).encode()
+    identity = json.dumps([FORMAT, request, version, heard()], sort_keys=True).encode()
     key = hashlib.sha256(identity + b"\0" + buffer.getvalue()).hexdigest()
     place = cache_folder() / key[:40]
     cached = (place / "result.json").is_file()
@@ -107,8 +102,8 @@ def compile_for(
         _compile(buffer.getvalue(), request, place, target, timeout)
     result = json.loads((place / "result.json").read_text())
     source = f"counted in the program compiled by {version} for {target}"
-    if wanted:
-        source += f" with {' '.join(f'{n}={v}' for n, v in sorted(wanted.items()))}"
+    if options:
+        source += f" with {' '.join(f'{n}={v}' for n, v in sorted(options.items()))}"
     return Program(
         target=target,
         text=gzip.decompress((place / "program.txt.gz").read_bytes()).decode(),

@@ -14,6 +14,7 @@ from shardtrain.errors import DataError, MeshError
 from shardtrain.mesh import Target, device_of
 from shardtrain.plan import aot, hlo
 from shardtrain.plan.lines import naming_lines
+from shardtrain.plan.options import compile_with, options_for
 from shardtrain.train.state import TrainState
 from shardtrain.tree import bytes_text, flatten, table
 
@@ -68,23 +69,34 @@ class Compiled:
             result = function(state, jax.tree.unflatten(batch_structure, leaves[count:]))
             return self._outputs(result)
 
-        self._jitted: Any = jax.jit(
-            flat,
-            in_shardings=shardings + (plan.batch_sharding,) * len(batch_leaves),
-            out_shardings=self._out_shardings(shardings),
-            donate_argnums=tuple(range(count)) if donate else (),
-            compiler_options=dict(options) if options and target is None else None,
-        )
         abstract = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves
         ]
-        with naming_lines():
-            traced = self._jitted.trace(*plan.abstract_state.leaves, *abstract)
+
+        def jitted(wanted: Mapping[str, Any] | None) -> tuple[Any, Any]:
+            made: Any = jax.jit(
+                flat,
+                in_shardings=shardings + (plan.batch_sharding,) * len(batch_leaves),
+                out_shardings=self._out_shardings(shardings),
+                donate_argnums=tuple(range(count)) if donate else (),
+                compiler_options=dict(wanted) if wanted else None,
+            )
+            with naming_lines():
+                return made, made.trace(*plan.abstract_state.leaves, *abstract)
+
+        def here(wanted: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+            made, traced = jitted(wanted)
+            lowered = traced.lower()
+            return made, lowered, lowered.compile()
+
+        self._jitted: Any
+        self.executable: Any
         if target is None:
-            self.lowered = traced.lower()
-            self.executable: Any = self.lowered.compile()
+            platform = "cuda" if self.platform == "gpu" else self.platform
+            wanted = options_for(platform, options)
+            self._jitted, self.lowered, self.executable = compile_with(here, wanted, platform)
             return
-        self.lowered = traced.lower(lowering_platforms=(target.platform,))
+        self.lowered = jitted(None)[1].lower(lowering_platforms=(target.platform,))
         module = self.lowered.compiler_ir("stablehlo")
         self.executable = aot.compile_for(module, target, plan.mesh.shape, options)
         self._jitted = self._absent

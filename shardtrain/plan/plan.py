@@ -374,7 +374,7 @@ class Plan:
             target: hardware that need not be here, such as `"v5e:2x4"`: the step is compiled by its compiler in
                 another process and can be read (memory, collectives, audit), not called. The mesh keeps its
                 axis sizes, whatever devices the plan was made on.
-            options: XLA compiler options, over `plan.aot.OPTIONS` for a target.
+            options: XLA compiler options, over those that `plan.options` starts from.
 
         Uses JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`, else the user's cache folder); for
         a target, a cache of our own by content.

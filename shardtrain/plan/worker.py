@@ -25,6 +25,7 @@ from jax._src.lib.mlir import ir
 
 from shardtrain.mesh.build import device_grid
 from shardtrain.mesh.target import Target
+from shardtrain.plan.options import compile_with
 from shardtrain.plan.topology import devices
 
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
@@ -36,21 +37,24 @@ def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, A
     platform = target.platform
     grid = device_grid(request["mesh"], devices(target))
     backend = grid.flat[0].client
-    options = compiler.get_compile_options(
-        num_replicas=1,
-        num_partitions=grid.size,
-        device_assignment=np.array([[d.id for d in grid.flat]]),
-        env_options_overrides={name: _value(text) for name, text in request["options"].items()},
-        backend=backend if platform == "cpu" else None,
-    )
     assigned = xla_client.DeviceList(tuple(grid.flat))
     with jax_mlir.make_ir_context():
         module = ir.Module.parse((folder / "module.mlirbc").read_bytes())
+
+        def compiled(wanted: dict[str, str | bool]) -> Any:
+            options = compiler.get_compile_options(
+                num_replicas=1,
+                num_partitions=grid.size,
+                device_assignment=np.array([[d.id for d in grid.flat]]),
+                env_options_overrides=wanted,  # type: ignore[arg-type]
+                backend=backend if platform == "cpu" else None,
+            )
+            if platform == "cpu":
+                return compiler.backend_compile_and_load(backend, module, assigned, options, [])
+            return backend.compile(module, executable_devices=assigned, compile_options=options)
+
         started = time.perf_counter(), time.process_time()
-        if platform == "cpu":
-            executable = compiler.backend_compile_and_load(backend, module, assigned, options, [])
-        else:
-            executable = backend.compile(module, executable_devices=assigned, compile_options=options)
+        executable = compile_with(compiled, request["options"], platform)
         seconds = time.perf_counter() - started[0], time.process_time() - started[1]
     stats = executable.get_compiled_memory_stats()
     (folder / "program.txt").write_text(executable.hlo_modules()[0].to_string())
@@ -64,11 +68,6 @@ def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, A
         "cpu_seconds": seconds[1],
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def _value(text: str) -> str | bool:
-    """The GPU and CPU compilers take no text for a truth value."""
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def failure(error: Exception) -> dict[str, Any]:

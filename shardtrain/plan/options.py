@@ -1,0 +1,69 @@
+"""Compiler options that every compilation starts from, by platform.
+
+Each moved bytes, or bytes under which something else runs; `benchmarks/overlap.py` has the figures. What the user says
+wins: `plan.compile(options={name: value})`, None to leave one of ours out, or the same name in `XLA_FLAGS` or
+`LIBTPU_INIT_ARGS`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+log = logging.getLogger("shardtrain")
+
+OPTIONS: dict[str, dict[str, str]] = {
+    "tpu": {
+        # All-reduces start early and end late: under tensor half of their bytes, which were all waited for.
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+        "xla_enable_async_all_reduce": "true",
+        # Reduce-scatters in the layout that their users want: without, fsdp sends a copy of each remainder.
+        "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+        "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+        "xla_tpu_assign_all_reduce_scatter_layout": "true",
+        # No products in pieces (collective matmul): a ring of n sends (n+1)/(n-1) of what a reduce-scatter does.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    },
+    "cuda": {},  # its compiler starts nearly everything early by itself
+    "cpu": {},
+}
+
+_HEARD = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+def heard() -> list[str]:
+    """The user's own settings that change a program."""
+    return [os.environ.get(name, "") for name in _HEARD]
+
+
+def options_for(platform: str, given: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Ours, but for what the user's environment says, under what was given. `platform`: tpu, cuda or cpu."""
+    said = set(re.findall(r"--(\w+)", " ".join(heard())))
+    start = {name: value for name, value in OPTIONS[platform].items() if name not in said}
+    return {name: str(v) for name, v in {**start, **(given or {})}.items() if v is not None}
+
+
+def as_value(text: str) -> str | bool:
+    """As JAX passes it on: the GPU and CPU compilers take no text for a truth value."""
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def compile_with[T](
+    compiler: Callable[[dict[str, str | bool]], T], options: Mapping[str, str], platform: str
+) -> T:
+    """`compiler(options)`; of ours, those that this version of the compiler does not know are left out, with a line in
+    the log. One that the user gave is an error."""
+    left = dict(options)
+    while True:
+        try:
+            return compiler({name: as_value(text) for name, text in left.items()})
+        except Exception as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            name = unknown.group(1) if unknown else ""
+            if OPTIONS[platform].get(name) is None or left.get(name) != OPTIONS[platform][name]:
+                raise
+            log.warning("this compiler has no option %s: left out", name)
+            del left[name]
