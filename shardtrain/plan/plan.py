@@ -127,6 +127,15 @@ def plan(
     wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
     seen = watch(loss, params, model_state, group_batch, rules, mesh)
+    for prefix in sorted(seen.stacks):
+        if not any(layouts.in_stack(path, frozenset([prefix])) for path in named):
+            tops = sorted({path.rpartition("/")[0] for path in named if "/" in path})
+            raise ShardingError(
+                "no parameter under this path",
+                where=f"st.gather(..., '{prefix}')",
+                why=f"parameters are under {', '.join(tops[:6])}",
+                fix=suggestion(prefix, tops, "the path of the stack in the model"),
+            )
     leaves = layouts.parameter_leaves(
         named,
         axes,
@@ -200,12 +209,13 @@ class Plan:
 
     @property
     def regathers(self) -> bool:
-        """Whether weights that were made whole before the loss are gathered again for the backward.
+        """Whether a remat of ours around the loss has gathered weights gathered again for the backward.
 
-        A remat around everything would override the model's own, and a scanned stack needs none.
+        It would override the model's own. A scan that gathers layer by layer needs one or the other: else it would
+        keep every layer's weights.
         """
         sharded = any(leaf.shard.dim is not None for leaf in self.leaves.values())
-        return sharded and not (self.held or self.seen.stacks or self.seen.own_remat)
+        return sharded and not (self.held or self.seen.own_remat)
 
     @property
     def stacks(self) -> frozenset[str]:
