@@ -65,11 +65,14 @@ def donation_failed(step: Compiled) -> Iterator[Finding]:
         return
     program, state = step.program(), step.plan.abstract_state
     parameters = [i for i in program.computations[program.entry] if i.op == "parameter"]
-    aliased = {argument(i) for i in parameters if number(i) in program.aliases}
+    # Leaves that the function does not use are no parameters of its program, and nothing is kept of them.
+    there = {argument(i) for i in parameters} - {
+        argument(i) for i in parameters if number(i) in program.aliases
+    }
     sizes = {
         name: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for index, (name, leaf) in enumerate(zip(flatten(state), state.leaves, strict=True))
-        if index not in aliased
+        if index in there
     }
     kept = [name for name, size in sizes.items() if size >= LARGE]
     if kept:

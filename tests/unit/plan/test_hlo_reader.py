@@ -1,12 +1,14 @@
 """The HLO reader against bytes counted by hand, on small programs that use each collective once."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardtrain as st
-from shardtrain.plan.hlo import collectives, mesh_axes, replica_groups
+from shardtrain.plan.hlo import HloError, collectives, mesh_axes, replica_groups
 
 N, X = 4, 64 * 128 * 4  # devices along the axis; bytes of the whole array
 F = (N - 1) / N
@@ -92,20 +94,56 @@ def test_axes(mesh):
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ("replica_groups=mesh['data'=2,'tensor'=4] {'data'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (
+            "replica_groups=mesh[data=2,tensor=4] {tensor}",
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+        ),  # newer XLA: no quotes
+        ("replica_groups=mesh['data'=2,'tensor'=4] {'tensor':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['data'=2,'tensor'=4] {'tensor':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (
+            "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(4)2}",
+            [[0, 1, 4, 5], [2, 3, 6, 7]],
+        ),
+        (
+            "replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}, dimensions={0}",
+            [[0, 2, 4, 6], [1, 3, 5, 7]],
+        ),
+        (
+            "replica_groups=mesh['x'=2,'y'=4], device_ids=([2,4]<=[4,2]T(1,0)) {'x'}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
+        (
+            "replica_groups=mesh['x'=2,'y'=4], device_ids=(0,2,4,6,1,3,5,7) {'x'}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
         ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
         ("channel_id=1", [[0, 1, 2, 3, 4, 5, 6, 7]]),
     ],
 )
 def test_spellings_of_groups(mesh, text, groups):
-    """The fault in mind: wrong groups, or none."""
+    """Failed once when a transpose of ids was left out, once when device ids were ignored."""
     assert replica_groups(text, mesh.shape) == groups
     assert mesh_axes([[0, 1, 2, 3]], mesh.shape) == ("tensor",)
     assert mesh_axes([[0, 4]], mesh.shape) == ("data",)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "replica_groups=torus['data'=2] {'data'}",
+        "replica_groups=mesh['x'=2,'y'=4], device_ids=(0,2,4) {'x'}",
+    ],
+)
+def test_unknown_spellings_are_loud(mesh, text):
+    """The fault in mind: all devices, where the groups are not understood."""
+    with pytest.raises(HloError, match="not understood"):
+        replica_groups(text, mesh.shape)
+
+
 def test_guards(mesh):
-    """An unknown trip count, and a collective that nothing reaches, are loud. The fault in mind: both counted as 1."""
+    """An unknown trip count, and a collective that nothing reaches, that was not parsed, or of an unknown kind, are loud.
+    Each failed once when its guard was taken out."""
     body = looped(lambda x: jnp.sin(jax.lax.psum(x, "tensor")), 3)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=DIVIDED, out_specs=DIVIDED, check_vma=False)
     text = jax.jit(mapped).lower(jnp.ones((64, 128))).compile().as_text()
@@ -116,6 +154,11 @@ def test_guards(mesh):
         collectives(plain.replace("direction=LT", "direction=EQ"), mesh)
     with pytest.raises(ValueError, match="not reached"):
         collectives(text.replace("body=", "bodi="), mesh)
+    body = re.search(r"body=%([\w.\-]+)", text).group(1)
+    with pytest.raises(HloError, match="1 collectives in the text, 0 parsed"):
+        collectives(re.sub(rf"(?m)^(%{re.escape(body)} .*) -> ", r"\1 => ", text), mesh)
+    with pytest.raises(HloError, match=r"all-reduce-by-magic in .* looks like a collective"):
+        collectives(text.replace(" all-reduce(", " all-reduce-by-magic("), mesh)
     with pytest.raises(ValueError, match="unknown number of times"):
         # a loop that ends on a value of the data
         until = lambda x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: jax.lax.psum(c, "tensor"), x)

@@ -33,7 +33,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """`body` maps shards to shards; `shapes` are those of the shards; `flops` are of one device and step."""
+    """`body` maps shards to shards; `shapes` are those of the shards; `flops` are of one device and step.
+
+    `auto`: specs of the inputs and, last, of the output of a body on global arrays, which the partitioner divides.
+    `options`: for the compiler. `partial`: groups cover a part of an axis.
+    """
 
     mesh: dict[str, int]
     shapes: tuple[tuple[int, ...], ...]
@@ -43,6 +47,9 @@ class Program:
     flops: float = 0
     other: dict[str, tuple[Row, ...]] = field(default_factory=dict)
     other_flops: dict[str, float] = field(default_factory=dict)
+    auto: tuple[PartitionSpec, ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
+    partial: bool = False
     targets: tuple[str, ...] = ("cpu", "tpu", "gpu")
 
     def expected(self, target: str) -> tuple[Row, ...]:
@@ -51,6 +58,8 @@ class Program:
     def lower(self, mesh: jax.sharding.Mesh) -> Any:
         """The lowered program on a mesh whose axes are those of `self.mesh`."""
         assert dict(mesh.shape) == self.mesh, (mesh.shape, self.mesh)
+        if self.auto:
+            return self._lower_auto(mesh, *self.auto)
         spec = PartitionSpec(mesh.axis_names)
         mapped = jax.shard_map(self.body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         divided = jax.sharding.NamedSharding(mesh, spec)
@@ -60,6 +69,14 @@ class Program:
             for shape, dtype in zip(self.shapes, dtypes, strict=True)
         ]
         return jax.jit(mapped).lower(*given)
+
+    def _lower_auto(self, mesh: jax.sharding.Mesh, *specs: PartitionSpec) -> Any:
+        *ins, out = (jax.sharding.NamedSharding(mesh, spec) for spec in specs)
+        given = [
+            jax.ShapeDtypeStruct(shape, self.dtypes[0], sharding=placed)
+            for shape, placed in zip(self.shapes, ins, strict=True)
+        ]
+        return jax.jit(self.body, out_shardings=out).lower(*given)
 
 
 M24 = {"data": 2, "tensor": 4}

@@ -1,4 +1,5 @@
-"""Compiles the programs for devices that are not here: `python make.py tpu gpu`; needs libtpu and the CUDA plugin."""
+"""Compiles the programs for devices that are not here: `python make.py tpu gpu`, or some of them with their names after
+the targets; needs libtpu and the CUDA plugin."""
 
 from __future__ import annotations
 
@@ -78,11 +79,13 @@ def portable(text: str) -> str:
 
 def main(targets: list[str]) -> None:
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")}
-    for target in targets:
+    for target in [t for t in targets if t not in PROGRAMS]:
         for name, program in PROGRAMS.items():
-            if target not in program.targets:
+            wanted = [n for n in targets if n in PROGRAMS]
+            if target not in program.targets or (wanted and name not in wanted):
                 continue
-            text = program.lower(mesh_of(target, program.mesh)).compile().as_text()
+            lowered = program.lower(mesh_of(target, program.mesh))
+            text = lowered.compile(compiler_options=program.options or None).as_text()
             path = TEXTS / target / f"{name}.txt.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(gzip.compress(portable(text).encode(), 9, mtime=0))
