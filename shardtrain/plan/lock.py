@@ -140,14 +140,10 @@ def _state(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     lines = []
     for path, (before, now) in own.items():
         also = f" (and {copies[path]} copies in the optimizer)" if path in copies else ""
-        change = (
-            f"- {path}: {before}"
-            if now is None
-            else f"+ {path}: {now}"
-            if before is None
-            else f"{path}: {before} -> {now}"
-        )
-        lines.append(f"state: {change}{also}")
+        moved = f"{path}: {before} -> {now}"
+        if before is None or now is None:
+            moved = f"+ {path}: {now}" if before is None else f"- {path}: {before}"
+        lines.append(f"state: {moved}{also}")
     return lines
 
 
