@@ -152,7 +152,8 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
     scatter = [(dim, over) for dim, over in scatter if over]
 
     def reduce(local: jax.Array) -> jax.Array:
-        local = local.astype(shard.reduce)
+        # The barrier keeps the TPU compiler from reducing in 16 bits what was only just converted from them.
+        local = jax.lax.optimization_barrier(local.astype(shard.reduce))
         for dim, over in scatter:
             local = jax.lax.psum_scatter(local, over, scatter_dimension=dim, tiled=True)
         others = tuple(a for a in rest if not any(a in over for _, over in scatter))

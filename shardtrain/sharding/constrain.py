@@ -118,30 +118,49 @@ def enter_block(x: jax.Array) -> jax.Array:
 
     Communicates: where `seq` and `seq_block` differ, f*X forward and f*X backward over the axes of `seq`.
     """
-    inside, outside = spec_of(x, "batch", "seq_block", "embed"), spec_of(x, "batch", "seq", "embed")
-    if inside is None or outside is None:
+    return _onto(x, "seq_block", "seq")
+
+
+def leave_block(y: jax.Array) -> jax.Array:
+    """The sum that a block's last matrix leaves, as the residual stream: `constrain(y, "batch", "seq", "embed")`.
+
+    The other side of `enter_block`: a reduce-scatter out of the block, and an all-gather of the gradient on its way
+    back in. The transpose of a plain constraint would leave the partitioner to gather the matrix instead.
+
+    Args:
+        y: [batch, seq, embed].
+
+    Communicates: where `seq` and `seq_block` differ, f*X forward and f*X backward over the axes of `seq`; where they do
+    not, the all-reduce of the sum.
+    """
+    return _onto(y, "seq", "seq_block")
+
+
+def _onto(x: jax.Array, there: str, back: str) -> jax.Array:
+    """[batch, seq, embed] with its sequence as the rules have it for `there`, and its gradient's as for `back`."""
+    forward, backward = spec_of(x, "batch", there, "embed"), spec_of(x, "batch", back, "embed")
+    if forward is None or backward is None:
         return x
-    return place(x, inside, context.current()) if inside == outside else _enter(x, inside, outside)
+    return place(x, forward, context.current()) if forward == backward else _cross(x, forward, backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _enter(x: jax.Array, inside: PartitionSpec, outside: PartitionSpec) -> jax.Array:
-    return place(x, inside, context.current())
+def _cross(x: jax.Array, there: PartitionSpec, back: PartitionSpec) -> jax.Array:
+    """`x` placed, and its gradient placed otherwise."""
+    return place(x, there, context.current())
 
 
-def _enter_forward(
-    x: jax.Array, inside: PartitionSpec, outside: PartitionSpec
-) -> tuple[jax.Array, tuple[()]]:
-    return place(x, inside, context.current()), ()
+def _cross_forward(x: jax.Array, there: PartitionSpec, back: PartitionSpec) -> tuple[jax.Array, tuple[()]]:
+    return place(x, there, context.current()), ()
 
 
-def _enter_backward(
-    inside: PartitionSpec, outside: PartitionSpec, _: tuple[()], gradient: jax.Array
+def _cross_backward(
+    there: PartitionSpec, back: PartitionSpec, _: tuple[()], gradient: jax.Array
 ) -> tuple[jax.Array]:
-    return (place(gradient, outside, context.current()),)
+    return (place(gradient, back, context.current()),)
 
 
-_enter.defvjp(_enter_forward, _enter_backward)
+_cross.defvjp(_cross_forward, _cross_backward)
 
 
 def place(x: jax.Array, spec: PartitionSpec, layout: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.models.layers.rotary import rotate
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain, context
-from shardtrain.sharding.constrain import enter_block, spec_of
+from shardtrain.sharding.constrain import enter_block, leave_block, spec_of
 
 CHUNK = 1024  # queries at a time where no fused kernel keeps the scores out of memory
 
@@ -81,7 +81,7 @@ class SelfAttention(nnx.Module):
             mixed = causal_attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
         mixed = constrain(mixed, "batch", "seq_block", "heads", "head_dim")
         y = jnp.einsum("bthk,hkd->btd", mixed, self.out_kernel[...])
-        y = checkpoint_name(constrain(y, "batch", "seq", "embed"), REDUCED)
+        y = checkpoint_name(leave_block(y), REDUCED)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import constrain
-from shardtrain.sharding.constrain import enter_block
+from shardtrain.sharding.constrain import enter_block, leave_block
 
 
 class Mlp(nnx.Module):
@@ -28,7 +28,7 @@ class Mlp(nnx.Module):
         x_BTD = enter_block(x_BTD)
         up = constrain(x_BTD @ self.up_kernel[...] + self.up_bias[...], "batch", "seq_block", "mlp")
         up = jax.nn.gelu(checkpoint_name(up, "mlp_up"))
-        y = constrain(up @ self.down_kernel[...], "batch", "seq", "embed")
+        y = leave_block(up @ self.down_kernel[...])
         return checkpoint_name(y, REDUCED) + self.down_bias[...]
 
 
@@ -49,5 +49,5 @@ class GatedMlp(nnx.Module):
         both = jnp.einsum("btd,dcf->btcf", x_BTD, self.gate_up_kernel[...])
         both = checkpoint_name(constrain(both, "batch", "seq_block", None, "mlp"), "mlp_up")
         hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
-        y = constrain(hidden @ self.down_kernel[...], "batch", "seq", "embed")
+        y = leave_block(hidden @ self.down_kernel[...])
         return checkpoint_name(y, REDUCED)
