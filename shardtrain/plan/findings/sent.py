@@ -28,7 +28,10 @@ def wide_collective(step: Compiled) -> Iterator[Finding]:
         return
     batch = set(plan.rules.batch_axes(plan.mesh))
     allowed = {jnp.dtype(leaf.shard.reduce) for leaf in plan.leaves.values()}
+    total = step.collectives().wire_bytes
     for c in large(step):
+        if c.wire_bytes < total / 1000:
+            continue  # a few scalars a token, such as those of a softmax, are rightly float32
         gradient = set(c.axes) <= batch and c.op in ("all-reduce", "reduce-scatter")
         if c.dtype.startswith("f32") and not (gradient and jnp.dtype("float32") in allowed):
             yield Finding(
@@ -37,8 +40,9 @@ def wide_collective(step: Compiled) -> Iterator[Finding]:
                 f"{c.op} over {c.axis}",
                 c.source,
                 f"float32 {c.shape}, {bytes_text(c.wire_bytes)} a step, in a bf16 step: twice the bytes",
-                "bf16 where it crosses the axis, float32 after it: no preferred_element_type, and gradients of the "
-                "same dtype (a head in chunks: shardtrain.models.layers.cross_entropy)",
+                "bf16 where it crosses the axis, float32 after it: no preferred_element_type, modules without a float32 "
+                "dtype of their own (nnx.Embed has one unless dtype= says otherwise), and gradients of the same dtype "
+                "(a head in chunks: shardtrain.models.layers.cross_entropy)",
             )
 
 
