@@ -14,7 +14,8 @@ gradients    of such a leaf leave each call by a reduce-scatter in the reduce dt
              crosses slices (reduce-scatter within, all-reduce across, all-gather within).
 updates      an updated parameter that is whole while its optimizer state is divided: all-gather f*X, as stored.
 tables       a leaf that is only looked up in, where the model lets us (st.lookup): all-gather of the token ids and
-             an all-to-all of the rows, forward and backward, where that is less than gathering the table.
+             an all-to-all of the rows, forward and backward, where that is less than gathering the table; of a part
+             of the sequence where tensor divides both the vocabulary and the sequence.
 activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
@@ -131,6 +132,8 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
         )
         rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, columns)
         moved = share * rows * width * jnp.dtype(shard.wire).itemsize
+        if plan.sequence_divided:  # summed over tensor first, each device has its part of the sequence to hand over
+            moved /= _parts(plan, spec_axes(PartitionSpec(*leaf.shard.spec[:1])))
         add("table: ids", "all-gather", shard.axes, share * rows * _parts(plan, shard.axes) * 4, "f*n*T*4")
         add(
             "table: rows",

@@ -76,6 +76,18 @@ def test_tables_move_rows_where_that_is_less():
         assert terms == {f"table: {what}": size for what, size in moved.items()}
 
 
+def test_tables_move_parts_of_a_divided_sequence():
+    """Half of what a device's tokens take over fsdp=2, of a quarter of the sequence each over tensor=4.
+
+    The formula was four times as much until the program sent less than it.
+    """
+    plan = planned(
+        "llama", "v5e:2x4", "fsdp_tensor_sequence", mesh={"fsdp": 2, "tensor": 4}, precision="bf16"
+    )
+    rows = [t for t in minimum(plan) if t.what == "table: rows"]
+    assert [t.bytes for t in rows] == [2 * (1 / 2) * (ROWS // 2 * SEQUENCE // 4) * EMBED * 2]
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sequence", [False, True])
 def test_tensor_is_the_activations_of_megatron(name, sequence):
