@@ -140,14 +140,14 @@ def _state(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     lines = []
     for path, (before, now) in own.items():
         also = f" (and {copies[path]} copies in the optimizer)" if path in copies else ""
-        change = (
+        text = (
             f"- {path}: {before}"
             if now is None
             else f"+ {path}: {now}"
             if before is None
             else f"{path}: {before} -> {now}"
         )
-        lines.append(f"state: {change}{also}")
+        lines.append(f"state: {text}{also}")
     return lines
 
 
