@@ -140,10 +140,14 @@ def _state(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     lines = []
     for path, (before, now) in own.items():
         also = f" (and {copies[path]} copies in the optimizer)" if path in copies else ""
-        moved = f"{path}: {before} -> {now}"
-        if before is None or now is None:
-            moved = f"+ {path}: {now}" if before is None else f"- {path}: {before}"
-        lines.append(f"state: {moved}{also}")
+        text = (
+            f"- {path}: {before}"
+            if now is None
+            else f"+ {path}: {now}"
+            if before is None
+            else f"{path}: {before} -> {now}"
+        )
+        lines.append(f"state: {text}{also}")
     return lines
 
 

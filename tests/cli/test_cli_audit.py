@@ -34,8 +34,8 @@ def programs(tmp_path_factory):
 
 
 def test_table_and_picture(config, tmp_path, shardtrain):
-    """What a person reads: sent and least by axis, no finding on our own preset; a bound on the ratio. Failed once when the picture
-    was no XML. Failed once more: a kernel of 8 KiB was a finding for being whole."""
+    """What a person reads: sent and least by axis, no finding on our own preset; a bound on the
+    ratio. Failed once when a kernel of 8 KiB was a finding for being whole."""
     code, out, err = shardtrain("audit", config, "--svg", tmp_path / "bytes.svg", "--at-most", "0.5")
     assert code == 1 and "is more than --at-most 0.5" in err
     assert "cpu:8, mesh data=2 fsdp=2 tensor=2" in out and "no findings" in out
@@ -98,7 +98,7 @@ def faulty(tmp_path):
 
 
 def test_a_fault_of_a_user(faulty, shardtrain, as_json):
-    """Exit 1 with the line, unless only worse ones count. Failed once: exit 0, the finding only printed."""
+    """Exit 1 with the line, unless only worse ones count. The fault in mind: exit 0, the finding only printed."""
     config, line = faulty
     code, out, err = shardtrain("audit", config)
     assert code == 1, out + err
@@ -147,7 +147,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_inputs(name, config, shardtrain):
-    """One message with the way out, exit 2. Failed once: a wrong severity was found after a minute of compiling."""
+    """One message with the way out, exit 2. The fault in mind: a wrong severity found after a minute of compiling."""
     flags, words = WRONG[name]
     code, out, err = shardtrain("audit", config, *flags)
     check(code, err, words)

@@ -45,7 +45,7 @@ def audit(plan):
 
 
 def test_by_axis(audit):
-    """Sent and least, in mesh order; what is over is exactly the difference. Failed once: axes in alphabetical order."""
+    """Sent and least, in mesh order; what is over is exactly the difference. The fault in mind: axes in alphabetical order."""
     by_axis = audit.by_axis()
     assert list(by_axis) == ["data", "tensor"]
     assert sum(sent for sent, _ in by_axis.values()) == pytest.approx(audit.bytes)
@@ -68,7 +68,7 @@ def test_the_text_says_which_axis_and_why(audit):
 
 
 def test_the_picture_says_it_too(audit):
-    """One bar each for sent and least; only the axis that is over is orange. Failed once when every bar was blue."""
+    """One bar each for sent and least; only the axis that is over is orange. The fault in mind: bars of one colour."""
     root = ElementTree.fromstring(audit.svg())
     colors = [element.get("fill") for element in root.iter() if element.tag.endswith("rect")]
     assert colors.count("#c2410c") == 1 and colors.count("#2563eb") == 1 and colors.count("#94a3b8") == 2
@@ -83,7 +83,7 @@ def test_json_is_json(audit):
 
 
 def test_a_function_of_ones_own_has_no_minimum(plan):
-    """Bytes and findings, but no ratio and nothing that is over. Failed once: it was held to the training step's."""
+    """Bytes and findings, but no ratio and nothing that is over. The fault in mind: the training step's minimum."""
     found = st.audit(plan.jit(lambda state, batch: plan.model(state)(batch["x"]).sum()))
     assert found.minimum is None and found.ratio is None and found.over() == {} and found.bytes > 0
     assert found.as_json()["minimum"] is None and "least" not in found.svg()

@@ -31,7 +31,7 @@ def step():
     "wanted", [1, range(1, 3), "224 KiB", "<= 224 KiB", "<= 1 MiB", "0.219 MiB", ...], ids=str
 )
 def test_what_fits(step, wanted):
-    """Every form of a value. Failed once: a range was taken for a number of bytes."""
+    """Every form of a value. The fault in mind: a range taken for a number of bytes."""
     assert REDUCED == 224 * 1024
     st.assert_collectives(step, {"all-reduce over data": wanted})
     st.assert_collectives(step.collectives(), {"all-reduce over data": wanted})
@@ -56,7 +56,7 @@ def test_what_does_not_fit(step, wanted, says):
 
 
 def test_what_is_not_named_is_forbidden(step):
-    """With what it sends, and the mapping that would pass. Failed once when the lines were left out."""
+    """With what it sends, and the mapping that would pass. The fault in mind: lines left out."""
     with pytest.raises(AssertionError) as caught:
         st.assert_collectives(step, {"reduce-scatter over data": 1})
     text = str(caught.value)
@@ -95,6 +95,6 @@ def test_expectations_that_say_nothing(step, key, wanted, says):
 
 
 def test_an_axis_that_the_mesh_lacks(step):
-    """`{"all-gather over modle": ...}` would pass for ever. Failed once: it did."""
+    """`{"all-gather over modle": ...}` would pass for ever: the fault in mind."""
     with pytest.raises(st.ConfigError, match="no mesh axis 'modle'"):
         st.assert_collectives(step, {"all-reduce over data": 1, "all-gather over modle": ...})

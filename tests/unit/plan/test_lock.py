@@ -34,7 +34,7 @@ def lock():
 
 
 def test_round_trip(lock, tmp_path):
-    """Written, read, and no change. Failed once: sizes that were integers came back as other numbers."""
+    """Written, read, and no change. The fault in mind: numbers that come back as others."""
     (tmp_path / "plan.lock").write_text(lock.text())
     again = Lock.read(tmp_path / "plan.lock")
     assert lock.changes_from(again) == [] and again.changes_from(lock) == []
@@ -91,7 +91,7 @@ def test_an_upgrade_of_jax(lock):
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "state": []}'])
 def test_files_that_are_no_lock(content, tmp_path):
-    """One message that names the file and --update. Failed once: a KeyError, for a lock that was cut by hand."""
+    """One message that names the file and --update. Failed once when a lock that was cut by hand was taken for one."""
     file = tmp_path / "plan.lock"
     file.write_text(content)
     with pytest.raises(st.ConfigError, match="--update") as caught:
