@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -114,8 +115,8 @@ def _gather_forward(leaf: jax.Array, shard: Shard) -> tuple[jax.Array, tuple[()]
 
 def _gather_backward(shard: Shard, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
     def scatter(local: jax.Array) -> jax.Array:
-        local = local.astype(shard.reduce)
-        return jax.lax.psum_scatter(local, shard.axes, scatter_dimension=shard.dim, tiled=True)
+        assert shard.dim is not None
+        return _scatter(local.astype(shard.reduce), shard.axes, shard.dim)
 
     return (_local(scatter, shard)(gradient).astype(jnp.float32),)
 
@@ -155,11 +156,25 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
         # The barrier keeps the TPU compiler from reducing in 16 bits what was only just converted from them.
         local = jax.lax.optimization_barrier(local.astype(shard.reduce))
         for dim, over in scatter:
-            local = jax.lax.psum_scatter(local, over, scatter_dimension=dim, tiled=True)
+            local = _scatter(local, over, dim)
         others = tuple(a for a in rest if not any(a in over for _, over in scatter))
         return _all_reduce(local, others) if others else local
 
     return _local(reduce, shard)(gradient).astype(jnp.float32) if rest else gradient
+
+
+def _scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """`psum_scatter` along `dim`, as a stack of matrices whose parts are at least 128 high where the shape has it.
+
+    Of four dims and more, or of low parts, the TPU compiler makes an all-reduce (measured on stacks of heads). A dim and
+    those right after it have the same parts.
+    """
+    before, after, height = x.shape[:dim], list(x.shape[dim + 1 :]), x.shape[dim]
+    while len(after) > 1 and height < 128 * jax.lax.axis_size(axes):
+        height *= after.pop(0)
+    flat = x.reshape(math.prod(before), height, math.prod(after))
+    flat = jax.lax.psum_scatter(flat, axes, scatter_dimension=1, tiled=True)
+    return flat.reshape(*before, -1, *x.shape[dim + 1 :])
 
 
 def _all_reduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

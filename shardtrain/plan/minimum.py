@@ -132,7 +132,9 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
         )
         rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, columns)
         moved = share * rows * width * jnp.dtype(shard.wire).itemsize
-        if plan.sequence_divided:  # summed over tensor first, each device has its part of the sequence to hand over
+        if (
+            plan.sequence_divided
+        ):  # summed over tensor first, each device has its part of the sequence to hand over
             moved /= _parts(plan, spec_axes(PartitionSpec(*leaf.shard.spec[:1])))
         add("table: ids", "all-gather", shard.axes, share * rows * _parts(plan, shard.axes) * 4, "f*n*T*4")
         add(
