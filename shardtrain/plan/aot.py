@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import dataclasses
 import gzip
 import hashlib
@@ -129,10 +130,21 @@ def compiler_version(target: Target) -> str:
             where=f"target {target}",
             fix=f"pip install 'shardtrain[{extra}]' (Linux), or --target cpu:{target.size}",
         )
+    if target.platform == "cuda" and not _has_cudnn():
+        raise ConfigError(
+            "cuDNN is not installed; fused attention is chosen when a program is lowered",
+            where=f"target {target}",
+            fix="pip install 'shardtrain[aot-gpu]' (Linux)",
+        )
     jaxlib = f"jaxlib {importlib.metadata.version('jaxlib')}"
     if distribution == "jaxlib":
         return jaxlib
     return f"{distribution} {importlib.metadata.version(distribution)}, {jaxlib}"
+
+
+def _has_cudnn() -> bool:
+    packaged = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn")
+    return bool(packaged) or ctypes.util.find_library("cudnn") is not None
 
 
 def cache_folder() -> pathlib.Path:

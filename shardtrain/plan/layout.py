@@ -32,6 +32,12 @@ class Leaf:
     optimizer: PartitionSpec
     shard: Shard
 
+    @property
+    def gradient(self) -> PartitionSpec:
+        """Spec in which a gradient leaves the reduction: the optimizer's, or where that is less divided over the batch
+        axes than the parameter (the audit says so), the parameter's own."""
+        return self.optimizer if set(self.shard.axes) <= spec_axes(self.optimizer) else self.spec
+
     def bytes_per_device(self, mesh: AnyMesh) -> int:
         """Of the parameter itself."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize // _parts(self.spec, mesh)

@@ -341,7 +341,7 @@ class Plan:
             batch_axes=self._batch_axes,
             shards=shards,
             held=held,
-            reduced={path: leaf.optimizer for path, leaf in self.leaves.items()},
+            reduced={path: leaf.gradient for path, leaf in self.leaves.items()},
             stacks=self.stacks,
             groups=self.groups,
             loss=group_loss(

@@ -207,7 +207,7 @@ def test_gathered_logits():
 
 
 def test_optimizer_state_that_is_not_divided(sound):
-    """By rules of its own, or because a transform joins all leaves into one. Failed once for the second, which belongs
+    """By rules of its own, or because a transform joins all leaves into one. Failed once for the latter, which belongs
     to no parameter."""
 
     def apply(p, x):
@@ -216,6 +216,11 @@ def test_optimizer_state_that_is_not_divided(sound):
     rules = st.rules.tensor.override(optimizer={"mlp": None})
     one = only(make(apply, MLP_AXES, rules=rules).compile(), "optimizer-less-divided")
     assert one.source == line("first use") and one.path == "opt_state/0/mu/out and 3 more"
+    rules = st.rules.fsdp.override(optimizer={"*": None})
+    spread = make(
+        apply, MLP_AXES, mesh=st.make_mesh(fsdp=8), rules=rules
+    )  # once an error inside of shard_map
+    assert only(spread.compile(), "optimizer-less-divided").path == "opt_state/0/mu/out and 3 more"
     joined = make(apply, MLP_AXES, optimizer=optax.flatten(optax.adam(1e-3)))
     one = only(joined.compile(), "optimizer-less-divided")
     assert one.path == "opt_state/0/mu and 1 more" and "optax.flatten" in one.fix
