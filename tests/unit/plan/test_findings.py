@@ -217,9 +217,7 @@ def test_optimizer_state_that_is_not_divided(sound):
     one = only(make(apply, MLP_AXES, rules=rules).compile(), "optimizer-less-divided")
     assert one.source == line("first use") and one.path == "opt_state/0/mu/out and 3 more"
     rules = st.rules.fsdp.override(optimizer={"*": None})
-    spread = make(
-        apply, MLP_AXES, mesh=st.make_mesh(fsdp=8), rules=rules
-    )  # once an error inside of shard_map
+    spread = make(apply, MLP_AXES, mesh={"fsdp": 8}, rules=rules)  # once an error inside of shard_map
     assert only(spread.compile(), "optimizer-less-divided").path == "opt_state/0/mu/out and 3 more"
     joined = make(apply, MLP_AXES, optimizer=optax.flatten(optax.adam(1e-3)))
     one = only(joined.compile(), "optimizer-less-divided")
@@ -271,7 +269,7 @@ def test_stack_gathered_whole():
         mean_square,
         optax.adam(1e-3),
         batch=st.batch_spec(x=(ROWS, TIME, WIDTH)),
-        mesh=st.make_mesh(fsdp=8),
+        mesh={"fsdp": 8},
         rules="fsdp",
     )
     one = only(make_stack(False).compile(), "stack-gathered-whole")
