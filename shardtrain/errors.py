@@ -65,8 +65,13 @@ class RunError(ShardTrainError):
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The way out of an unknown name: the closest known one, or all of them, and another way."""
+    """The way out of an unknown name: the closest known one, or all of them, and another way.
+
+    The initials of a name are close to it: `optimizer.lr` to `optimizer.learning_rate`.
+    """
     names = sorted(k for k in known if k != "*")
-    close = difflib.get_close_matches(name, names, n=1)
+    parts = lambda name: name.rpartition(".")[2].split("_")  # noqa: E731
+    close = [k for k in names if len(parts(k)) > 1 and "".join(p[:1] for p in parts(k)) == parts(name)[-1]]
+    close = close or difflib.get_close_matches(name, names, n=1)
     first = f"'{close[0]}'" if close else f"one of {', '.join(names)}"
     return f"{first}, or {otherwise}"

@@ -92,6 +92,8 @@ def fit(
         eval_data: held-out batches: a loader with `.batches()`, or an iterable that can be iterated
             again. eval_every: steps between evaluations; there is one at the end anyway. eval_rows: at
             most so many rows (0 for all).
+        eval_loss_fn: the loss of an evaluation where it is another one. nnx modules are put into `eval()`; a linen
+            module is told by its call, such as `model(batch["x"], train=False)`.
         output: folder of the run: metrics.jsonl, checkpoints/, tensorboard/. None writes nothing.
         checkpoint_every: steps; one is written at the end anyway. keep: how many of them.
         config: JSON kept beside each checkpoint.

@@ -28,6 +28,7 @@ CASES = {
     "no rows": (["--global-batch", "0"], ["global_batch", "1 or more"]),
     "too many groups": (["--groups", "64"], ["16 rows", "64 groups"]),
     "mistyped field": (["--optimizer.lerning-rate", "1"], ["optimizer.learning_rate"]),
+    "initials": (["--optimizer.lr", "1"], ["optimizer.learning_rate"]),
     "wrong type": (["--steps", "many"], ["steps", "many"]),
     "wrong choice": (["--optimizer.name", "adam"], ["adam", "adamw"]),
     "no value": (["--seed"], ["seed", "needs a value"]),

@@ -225,6 +225,33 @@ def test_step_does_not_wait_copy_or_recompile():
     assert set(metrics) == {"loss", "grad_norm", "param_norm", "tokens"}
 
 
+@pytest.mark.parametrize("form", ["one field", "dict", "nested", "tuple"])
+def test_a_batch_is_any_tree(form):
+    """Fields reach the loss by name, whatever their order in the batch. Failed once (planted) with the values of a flat
+    dict taken in its own order."""
+    x, y = np.full((32, 64), 2, np.float32), np.full((32, 64), 3, np.float32)
+    batch, pick = {
+        "one field": ({"x": x}, lambda b: (b["x"], b["x"] + 1)),
+        "dict": ({"y": y, "x": x}, lambda b: (b["x"], b["y"])),
+        "nested": ({"y": y, "in": {"x": x}}, lambda b: (b["in"]["x"], b["y"])),
+        "tuple": ((x, y), lambda b: b),
+    }[form]
+
+    def told(model, batch):
+        x, y = pick(batch)
+        return jnp.square(model(x)).mean(), {"x": x.mean(), "y": y.mean()}
+
+    options = dict(mesh=st.make_mesh(fsdp=8), batch=batch)
+    step = (plan := st.plan(lambda rngs: Mlp(64, 256, rngs), told, optax.adam(1e-3), **options)).compile()
+    placed = plan.put(batch)
+    placed = dict(reversed(placed.items())) if isinstance(placed, dict) else placed
+    _, metrics = step(plan.init(0), placed)
+    assert (float(metrics["x"]), float(metrics["y"])) == (2, 3)
+    for wrong in ({}, {"z": x}, ()):
+        with pytest.raises(st.DataError, match="the plan's batch has"):
+            step(plan.init(0), wrong)
+
+
 def test_memory_and_collectives_read_the_program():
     """Failed once when donation was lost: nothing was aliased."""
     step = make().compile()
