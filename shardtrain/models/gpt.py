@@ -18,6 +18,7 @@ from shardtrain.models.layers.norm import LayerNorm
 from shardtrain.models.layers.stack import scan_blocks, stack
 from shardtrain.parallel.lookup import lookup
 from shardtrain.sharding import constrain
+from shardtrain.sharding.constrain import join_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ class GPT(LanguageModel):
         keys: Any = (None, None) if key is None else jax.random.split(key)
         here = jax.lax.dynamic_slice_in_dim(self.position_table[...], position, length)
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
-        x_BTD = constrain(x_BTD + here, "batch", "seq", "embed")
+        x_BTD = constrain(x_BTD + join_stream(here), "batch", "seq", "embed")
         x_BTD = self.dropout(x_BTD, keys[0])
         x_BTD, cache = scan_blocks(
             self.blocks,

@@ -136,6 +136,20 @@ def leave_block(y: jax.Array) -> jax.Array:
     return _onto(y, "seq", "seq_block")
 
 
+def join_stream(table: jax.Array) -> jax.Array:
+    """What every row of the batch adds to the residual stream, such as positions, divided as the stream is.
+
+    Args:
+        table: [seq, embed], whole on every device.
+
+    Communicates: where `seq` is divided, an all-gather of its gradient, in its dtype: f*X.
+    """
+    forward = spec_of(table, "seq", "embed")
+    if forward is None or not any(forward):
+        return table
+    return _cross(table, forward, PartitionSpec())
+
+
 def _onto(x: jax.Array, there: str, back: str) -> jax.Array:
     """[batch, seq, embed] with its sequence as the rules have it for `there`, and its gradient's as for `back`."""
     forward, backward = spec_of(x, "batch", there, "embed"), spec_of(x, "batch", back, "embed")
