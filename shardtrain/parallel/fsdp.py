@@ -187,5 +187,5 @@ def _all_reduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     dim = next((d for d, n in enumerate(x.shape) if n % size == 0), None)
     if within == axes or not within or dim is None or x.size < SMALL:
         return jax.lax.psum(x, axes)
-    part = jax.lax.psum_scatter(x, within, scatter_dimension=dim, tiled=True)
-    return jax.lax.all_gather(jax.lax.psum(part, SLOW), within, axis=dim, tiled=True, to="invarying")
+    part = jax.lax.psum(_scatter(x, within, dim), SLOW)
+    return jax.lax.all_gather(part, within, axis=dim, tiled=True, to="invarying")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from shardtrain.parallel.fsdp import SLOW
 from shardtrain.plan import hlo
 from shardtrain.plan.findings.dataflow import Body, argument
 from shardtrain.plan.findings.finding import LARGE, Finding, large
@@ -29,10 +30,13 @@ def wide_collective(step: Compiled) -> Iterator[Finding]:
     batch = set(plan.rules.batch_axes(plan.mesh))
     allowed = {jnp.dtype(leaf.shard.reduce) for leaf in plan.leaves.values()}
     total = step.collectives().wire_bytes
+    # Across slices whole gradients are scattered, reduced and gathered again.
+    across = plan.mesh.shape.get(SLOW, 1) > 1 and all(leaf.shard.dim is None for leaf in plan.leaves.values())
     for c in large(step):
         if c.wire_bytes < total / 1000:
             continue  # a few scalars a token, such as those of a softmax, are rightly float32
-        gradient = set(c.axes) <= batch and c.op in ("all-reduce", "reduce-scatter")
+        reducing = c.op in ("all-reduce", "reduce-scatter") or (c.op == "all-gather" and across)
+        gradient = set(c.axes) <= batch and reducing
         if c.dtype.startswith("f32") and not (gradient and jnp.dtype("float32") in allowed):
             yield Finding(
                 "wide-collective",
