@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from shardtrain.mesh import device_of
 from shardtrain.parallel.remat import GATHERED
 from shardtrain.sharding import context
 from shardtrain.sharding.rules import SMALL
 from shardtrain.tree import path_name
 
+RING = 8  # chips; see `_rings`
 SLOW = "slice"  # the mesh axis across the slow network
 
 
@@ -173,8 +175,41 @@ def _scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     while len(after) > 1 and height < 128 * jax.lax.axis_size(axes):
         height *= after.pop(0)
     flat = x.reshape(math.prod(before), height, math.prod(after))
-    flat = jax.lax.psum_scatter(flat, axes, scatter_dimension=1, tiled=True)
+    for axis, groups in _rings(axes):
+        flat = jax.lax.psum_scatter(flat, axis, scatter_dimension=1, axis_index_groups=groups, tiled=True)
     return flat.reshape(*before, -1, *x.shape[dim + 1 :])
+
+
+def _rings(axes: tuple[str, ...]) -> list[tuple[Any, Any]]:
+    """Reduce-scatters that make up the one over `axes`: (axis, groups of its indices or None) each.
+
+    One is the rule. The TPU compiler makes an all-reduce of one over more than a ring of eight chips (seen on v5e:4x4 and
+    v5p:2x2x4), so there it is done in turn over rings of at most eight: the same bytes, (n-1)/n in all.
+    """
+    layout = context.current()
+    on_tpu = layout is not None and layout.mesh is not None and device_of(layout.mesh).platform == "tpu"
+    if not on_tpu or jax.lax.axis_size(axes) <= RING:
+        return [(axes, None)]
+    turns: list[tuple[Any, Any]] = []
+    for axis in axes:
+        done, left = 1, jax.lax.axis_size(axis)
+        for ring in _factors(left):
+            left //= ring
+            # Members of a group differ in one digit of their index; those before it are done.
+            groups = [
+                [(high * ring + digit) * left + low for digit in range(ring)]
+                for high in range(done)
+                for low in range(left)
+            ]
+            turns.append((axis, groups if len(groups) > 1 else None))
+            done *= ring
+    return turns
+
+
+def _factors(n: int) -> list[int]:
+    """16 -> 4, 4; 32 -> 4, 8: each at most `RING`, where `n` has such factors."""
+    low = max((d for d in range(2, math.isqrt(n) + 1) if n % d == 0), default=n)
+    return [n] if n <= RING or low == n else [*_factors(low), *_factors(n // low)]
 
 
 def _all_reduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
