@@ -77,15 +77,7 @@ LAYOUTS: dict[str, Layout] = {
     "slice x fsdp": Layout("fsdp", {"fsdp": 0}, slices=True),
     "slice x fsdp x tensor": Layout("fsdp_tensor", {"fsdp": 2, "tensor": 0}, slices=True),
 }
-SINGLE = (
-    "data",
-    "data, 8 microbatches",
-    "zero1",
-    "zero1, 8 microbatches",
-    "fsdp",
-    "tensor",
-    "tensor_sequence",
-)
+SMALL_ONLY = ("data, 8 microbatches", "zero1, 8 microbatches", "data x tensor", "zero1 x tensor")  # 8 devices
 OTHERS = ("data", "zero1", "fsdp", "tensor", "fsdp x tensor")  # of models that are not ours
 ALONE = ("data", "data, 8 microbatches", "zero1", "fsdp", "tensor", "fsdp x tensor")
 
@@ -107,6 +99,8 @@ def cases() -> list[Case]:
         slices = target.startswith(("2*", "h100:2"))
         for name, layout in LAYOUTS.items():
             if (layout.slices and not slices) or (target.startswith("2*") and not layout.slices):
+                continue
+            if name in SMALL_ONLY and target not in ("v5e:2x4", "h100:1x8"):
                 continue
             found += [Case(target, model, name) for model in ("gpt", "llama")]
             if name in OTHERS and (target in ("v5e:2x4", "h100:1x8") or name == "fsdp"):
