@@ -57,7 +57,9 @@ class Body:
     def accumulates(self, names: Iterable[str]) -> bool:
         """Whether values are only added to a number of the loop's state that nothing else reads."""
         users = {user.name: user for name in self.flow(names) for user in self.users.get(name, [])}
-        return any(self._adds_to(user, n) for user in users.values() for n in range(len(user.operands)))
+        # A fusion that sums or multiplies before it adds makes something else of the value.
+        adding = [user for user in users.values() if user.op == "add" or self._carries(user)]
+        return any(self._adds_to(user, n) for user in adding for n in range(len(user.operands)))
 
     def written(self, names: Iterable[str]) -> list[int]:
         """Places of the loop's state that hold these values in the end."""
