@@ -201,23 +201,22 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a layout, a column a target and model; ours, and alone in brackets."""
-    columns = sorted({(r["target"], r["model"]) for r in rows}, key=lambda c: (TARGETS.index(c[0]), c[1]))
-    values = {(r["target"], r["model"], r["layout"], r["alone"]): r for r in rows}
-    lines = [
-        "| layout | " + " | ".join(f"{t} {m}" for t, m in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for layout in LAYOUTS:
-        cells = []
-        for target, model in columns:
-            row = values.get((target, model, layout, False))
-            bare = values.get((target, model, layout, True))
-            text = "" if row is None else f"{row['ratio']:.3f}" if row.get("ratio") else "does not fit"
-            cells.append(text + (f" ({bare['ratio']:.1f})" if bare and bare.get("ratio") else ""))
-        if any(cells):
-            lines.append(f"| {layout} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Markdown: a row a layout, a column a target. GPT / Llama with alone in brackets, then nnx / linen."""
+    values = {(r["target"], r["model"], r["layout"], r["alone"]): r.get("ratio") for r in rows}
+    lines = []
+    for title, models in (("GPT / Llama", ("gpt", "llama")), ("nnx / linen", ("nnx", "linen"))):
+        targets = [t for t in TARGETS if any(k[0] == t and k[1] in models for k in values)]
+        lines += [f"| {title} | " + " | ".join(targets) + " |", "|---" * (len(targets) + 1) + "|"]
+        for layout in LAYOUTS:
+            cells = []
+            for target in targets:
+                ours = [values.get((target, model, layout, False)) for model in models]
+                bare = values.get((target, models[0], layout, True))
+                cells.append(" / ".join(f"{v:.3f}" for v in ours if v) + (f" ({bare:.2f})" if bare else ""))
+            if any(cells):
+                lines.append(f"| {layout} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).strip()
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
