@@ -4,12 +4,11 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Half of a cold suite would be LLVM optimizing programs that run for milliseconds; partitioning and fusion stay.
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+).strip()
 
 import jax
 import pytest
