@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test; fewer is a failure, not a skip."""
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Half of a cold suite would be LLVM optimizing programs that run for milliseconds; partitioning and fusion stay.
@@ -12,6 +13,11 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -89,6 +89,13 @@ def parameter_leaves(
     return leaves
 
 
+def check_names(shapes: Mapping[str, Any], axes: Mapping[str, Any], rules: Rules, mesh: AnyMesh) -> None:
+    """Logical axes of parameters against the mesh, before the model is traced: their errors say more than those of what
+    the model does with them."""
+    for path, leaf in shapes.items():
+        resolve(path, leaf.shape, axes.get(path), rules.params, mesh, pick=rules.pick)
+
+
 def exchanges(leaf: Leaf, rows: int, mesh: AnyMesh) -> bool:
     """Whether handing over the rows that one call looks up sends less than gathering the table would."""
     if leaf.shard.dim != len(leaf.shape) - 1:

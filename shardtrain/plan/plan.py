@@ -122,6 +122,7 @@ def plan(
     if annotations is not None:
         axes = annotations.apply({p: leaf.shape for p, leaf in named.items()}, axes)
 
+    layouts.check_names(named, axes, rules, mesh)
     compute = PRECISIONS[precision]
     platform = device_of(mesh).platform
     wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)

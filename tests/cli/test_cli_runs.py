@@ -159,7 +159,6 @@ def test_signals_before_the_first_step(sent, expected, way, monkeypatch, as_json
         assert handler.caught == sent  # where the loop finds it
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are started with it ignored
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(room, "resolve", resolve)
     code, found = as_json("train", config)

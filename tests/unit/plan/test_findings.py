@@ -500,7 +500,9 @@ def test_planted_faults_in_stored_programs(name, target, monkeypatch):
             del module, mesh, options, more
             return aot.Program(target, cpu_seconds=0.0, cached=True, **content)
 
+        # Without the compilers: only what they made is needed.
         monkeypatch.setattr(aot, "compile_for", compile_for)
+        monkeypatch.setattr(aot, "mesh_for", lambda target, shape: target.mesh(dcn=None, **shape))
         return planted.CASES[name][0](target, fault)
 
     check_planted(name, stored(True), stored(False))
