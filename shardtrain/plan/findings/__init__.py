@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from shardtrain.plan.findings.compiler import donation_failed, host_transfer, involuntary_replication
+from shardtrain.plan.findings.compiler import (
+    does_not_fit,
+    donation_failed,
+    host_transfer,
+    involuntary_replication,
+)
 from shardtrain.plan.findings.finding import LARGE, SEVERITIES, Finding, Severity
 from shardtrain.plan.findings.layout import optimizer_less_divided, replicated_parameter, stack_gathered_whole
 from shardtrain.plan.findings.loops import reduced_in_loop, repeated_in_loop
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "LARGE", "SEVERITIES", "Finding", "Severity", "findings"]
 
 CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
+    does_not_fit,
     involuntary_replication,
     donation_failed,
     host_transfer,

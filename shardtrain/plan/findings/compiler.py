@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from shardtrain.plan.compiled import Compiled
 
 
+def does_not_fit(step: Compiled) -> Iterator[Finding]:
+    """More memory than the target's chip has. The TPU compiler refuses such a program; the GPU's recomputes and gathers
+    again what it can, which is seen as bytes too many, and says nothing."""
+    chip = step.target.chip if step.target is not None else None
+    peak = step.memory()["peak"]
+    if chip is not None and peak > chip.hbm_bytes:
+        yield Finding(
+            "does-not-fit",
+            "error",
+            str(step.target),
+            "",
+            f"{bytes_text(peak)} at its peak, a device has {bytes_text(chip.hbm_bytes)}",
+            "more microbatches, remat full, or more of the mesh on fsdp or tensor",
+        )
+
+
 def involuntary_replication(step: Compiled) -> Iterator[Finding]:
     """The partitioner replicated a tensor because it knew no way from one sharding to another."""
     for line in step.compiler_said().splitlines():

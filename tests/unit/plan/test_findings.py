@@ -8,6 +8,7 @@ import gzip
 import json
 import pathlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,15 @@ def test_optimizer_state_that_is_not_divided(sound):
     joined = make(apply, MLP_AXES, optimizer=optax.flatten(optax.adam(1e-3)))
     one = only(joined.compile(), "optimizer-less-divided")
     assert one.path == "opt_state/0/mu and 1 more" and "optax.flatten" in one.fix
+
+
+@pytest.mark.parametrize(("gib", "kinds"), [(90, ["does-not-fit"]), (60, [])])
+def test_more_memory_than_the_chip_has(gib, kinds):
+    """The GPU compiler says nothing: Llama 8B at 101 GiB on h100 was once an audit without findings."""
+    from shardtrain.plan.findings.compiler import does_not_fit
+
+    step = types.SimpleNamespace(target=st.Target("h100:1x8"), memory=lambda: {"peak": gib * 2**30})
+    assert [f.kind for f in does_not_fit(step)] == kinds
 
 
 def test_donation_that_failed():
