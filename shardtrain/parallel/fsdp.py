@@ -118,7 +118,7 @@ def _gather_forward(leaf: jax.Array, shard: Shard) -> tuple[jax.Array, tuple[()]
 def _gather_backward(shard: Shard, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
     def scatter(local: jax.Array) -> jax.Array:
         assert shard.dim is not None
-        return _scatter(local.astype(shard.reduce), shard.axes, shard.dim)
+        return _scatter(_declared(local, shard), shard.axes, shard.dim)
 
     return (_local(scatter, shard)(gradient).astype(jnp.float32),)
 
@@ -155,14 +155,19 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
     scatter = [(dim, over) for dim, over in scatter if over]
 
     def reduce(local: jax.Array) -> jax.Array:
-        # The barrier keeps the TPU compiler from reducing in 16 bits what was only just converted from them.
-        local = jax.lax.optimization_barrier(local.astype(shard.reduce))
+        local = _declared(local, shard)
         for dim, over in scatter:
             local = _scatter(local, over, dim)
         others = tuple(a for a in rest if not any(a in over for _, over in scatter))
         return _all_reduce(local, others) if others else local
 
     return _local(reduce, shard)(gradient).astype(jnp.float32) if rest else gradient
+
+
+def _declared(x: jax.Array, shard: Shard) -> jax.Array:
+    """In the dtype of the reduction. The barrier keeps the TPU compiler from reducing in 16 bits what was only just
+    converted from them."""
+    return jax.lax.optimization_barrier(x.astype(shard.reduce))
 
 
 def _scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
