@@ -186,8 +186,16 @@ def _overlapped(instruction: Instruction) -> bool:
 
 def _collectives(module: Module, walk: _Walk, mesh: Mapping[str, int]) -> Collectives:
     found: list[Collective] = []
-    shared: dict[tuple[str, str], int] = {}
-    for name, body in module.computations.items():
+    shared: dict[tuple[str, ...], int] = {}
+    starts = {
+        i.attribute("calls")
+        for body in module.computations.values()
+        for i in body
+        if i.name.startswith("async-collective-start")
+    }
+    # Starts first: each is one collective, though many may share a channel and a shape.
+    for name in sorted(module.computations, key=lambda name: name not in starts):
+        body = module.computations[name]
         if not walk.times[name]:
             continue
         for instruction in body:
@@ -200,10 +208,11 @@ def _collectives(module: Module, walk: _Walk, mesh: Mapping[str, int]) -> Collec
                 if kind
                 else _slices(instruction, walk, name, mesh)
             )
-            # The pieces of one asynchronous gather stand in several fusions and share a channel: it is sent once.
+            # The pieces of one asynchronous collective stand in several fusions, and share channel and shape with its
+            # start: it is sent once.
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = (one.op, channel.group(1) if channel else "")
-            if hidden and channel and key in shared:
+            key = (one.op, channel.group(1) if channel else "", one.shape)
+            if hidden and channel and key in shared and name not in starts:
                 before = found[shared[key]]
                 fewer = min(before.count, one.count)
                 per_run = one.wire_bytes / one.count

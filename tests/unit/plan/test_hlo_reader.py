@@ -163,3 +163,20 @@ def test_guards(mesh):
         # a loop that ends on a value of the data
         until = lambda x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: jax.lax.psum(c, "tensor"), x)
         compiled(mesh, until)
+
+
+def test_asynchronous_collectives_that_share_a_channel():
+    """The gradients of an unrolled decoder on v5e: eleven all-reduces in pieces, all of channel 1, several of one shape.
+
+    Failed once: pieces of one channel were taken for one collective (0.41 of the bytes).
+    """
+    import gzip
+    import pathlib
+
+    folder = pathlib.Path(__file__).parent / "hlo_programs" / "others"
+    text = gzip.decompress((folder / "tpu_async_all_reduces.txt.gz").read_bytes()).decode()
+    found = collectives(text, {"data": 8})
+    embed, vocab, mlp, layers, positions = 4096, 32768, 16384, 2, 1024
+    matrices = layers * (4 * embed**2 + 2 * embed * mlp) + (vocab + positions) * embed
+    assert sum(c.asynchronous for c in found) == 11
+    assert abs(found.wire_bytes / (2 * 7 / 8 * 4 * matrices) - 1) < 1e-3
