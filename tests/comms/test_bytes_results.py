@@ -33,17 +33,12 @@ def test_within_bounds(name):
     assert least <= row["ratio"] <= most
 
 
-def test_every_layout_of_both_compilers_is_there():
-    """The single layouts and hybrids of GPT and Llama on each target."""
+def test_every_single_layout_is_there():
+    """Of GPT and Llama on each target."""
     for target in ("v5e:2x4", "v5e:4x4", "h100:1x8", "h100:2x8"):
         for model in ("gpt", "llama"):
-            layouts = {
-                r["layout"].split(",")[0]
-                for r in CASES.values()
-                if (r["target"], r["model"]) == (target, model)
-            }
-            assert layouts >= set(SINGLE) and len(layouts - set(SINGLE)) >= 4, (target, model, layouts)
-        assert {r["model"] for r in CASES.values() if r["target"] == target} >= {"nnx", "linen"}
+            layouts = {r["layout"] for r in CASES.values() if (r["target"], r["model"]) == (target, model)}
+            assert layouts >= set(SINGLE), (target, model, layouts)
 
 
 @pytest.mark.parametrize("layout", ["data", "zero1"])
