@@ -36,6 +36,7 @@ class LanguageModel(nnx.Module):
         key: jax.Array | None = None,
         cache: Any = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Hidden states and the cache, with these tokens added to it at `position`."""
 
@@ -47,9 +48,11 @@ class LanguageModel(nnx.Module):
         """Logits [B, T, V] in float32."""
         return self.logits(self.hidden(tokens_BT, key=key))
 
-    def hidden(self, tokens_BT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
         """Normalised hidden states [B, T, D] after the last block."""
-        return self.forward(tokens_BT, key=key)[0]
+        return self.forward(tokens_BT, key=key, segments=segments)[0]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
@@ -70,13 +73,15 @@ def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rn
     """Weighted sum of next-token cross-entropies in nats, and the sum of the weights.
 
     Args:
-        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T].
+        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents
+            are packed that must not see each other.
         rngs: of this group, for dropout; None for none.
 
     Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says.
     """
     dropout = rngs is not None and model.config.dropout > 0
-    x_BTD = model.hidden(batch["tokens"], key=rngs.dropout() if dropout else None)  # type: ignore[union-attr]
+    key = rngs.dropout() if dropout else None  # type: ignore[union-attr]
+    x_BTD = model.hidden(batch["tokens"], key=key, segments=batch.get("segments"))
     x_BTD = enter_block(x_BTD)
     total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
     return Loss(total, batch["weights"].sum())
