@@ -121,7 +121,8 @@ class Monitor:
 class RunConfig:
     """One run. `global_batch` in rows; `eval_every`, `checkpoint_every` in steps, 0 for never.
 
-    `attention`: under a `context` axis, how queries meet the keys of other devices. `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
+    `attention`: under a `context` axis, how queries meet the keys of other devices.
+    `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
     """
