@@ -36,6 +36,7 @@ _HOMES = {
     "shardtrain.plan.model": ("linen",),
     "shardtrain.plan.given": ("batch_spec",),
     "shardtrain.plan.plan": ("Plan",),
+    "shardtrain.plan.verify": ("verify",),
     "shardtrain.sharding": ("Rules", "annotate", "constrain", "logical"),
     "shardtrain.train.state": ("TrainState",),
 }

@@ -28,6 +28,7 @@ from shardtrain.plan.given import batch_spec as batch_spec
 from shardtrain.plan.make import plan as plan
 from shardtrain.plan.model import linen as linen
 from shardtrain.plan.plan import Plan as Plan
+from shardtrain.plan.verify import verify as verify
 from shardtrain.sharding import Rules as Rules
 from shardtrain.sharding import annotate as annotate
 from shardtrain.sharding import constrain as constrain
