@@ -178,6 +178,4 @@ def _phases(rows: Iterable[Iterable[Iterable[Row]]]) -> tuple[tuple[int, int, bo
     cuts = {0, len(ops)} | ({backward[0]} if backward else set()) | ({forward[-1] + 1} if forward else set())
     edges = sorted(cuts)
     has = lambda times, a, b: any(a <= t < b for t in times)  # noqa: E731
-    return tuple(
-        (a, b, has(forward, a, b), has(backward, a, b)) for a, b in zip(edges, edges[1:], strict=False)
-    )
+    return tuple((a, b, has(forward, a, b), has(backward, a, b)) for a, b in itertools.pairwise(edges))
