@@ -96,11 +96,17 @@ class _Executor:
         sums = lambda tree: self.own(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), tree))  # noqa: E731
         carry = {"inputs": buffers(self.ticks.inputs), "scalars": self.no_scalars}
         if self.train:
-            carry |= {"gradients": buffers(self.ticks.gradients), "shared": sums(shared), "stack": sums(stack)}
+            carry |= {
+                "gradients": buffers(self.ticks.gradients),
+                "shared": sums(shared),
+                "stack": sums(stack),
+            }
         table = jnp.asarray(self.ticks.table)
         for first, end, forwards, backwards in self.ticks.phases:
 
-            def tick(carry: Any, rows: jax.Array, on: bool = forwards, back: bool = backwards) -> tuple[Any, None]:
+            def tick(
+                carry: Any, rows: jax.Array, on: bool = forwards, back: bool = backwards
+            ) -> tuple[Any, None]:
                 return self.tick(dict(carry), rows[self.stage], on, back), None
 
             carry, _ = jax.lax.scan(tick, carry, table[first:end])
@@ -188,7 +194,10 @@ class _Executor:
     def weights(self, carry: Any, row: jax.Array) -> Any:
         """The stack's sum with the gradient of a piece's parameters added."""
         c, i = row[columns.W_CHUNK], row[columns.W_BATCH]
-        x, dy = _take(carry["inputs"], row[columns.W_INPUT]), _take(carry["gradients"], row[columns.W_GRADIENT])
+        x, dy = (
+            _take(carry["inputs"], row[columns.W_INPUT]),
+            _take(carry["gradients"], row[columns.W_GRADIENT]),
+        )
         _, transpose = jax.vjp(lambda own: self.own(self.work.piece(own, c, i, x)), _take(self.stack, c))
         return _add_at(carry["stack"], c, transpose(dy)[0])
 
