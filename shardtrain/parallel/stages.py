@@ -184,21 +184,8 @@ class Deal:
         """
         left, rounds = set(range(self.pieces)), []
         while left:
-            taken: dict[int, int] = {}  # stage it goes to -> piece
-
-            def place(source: int, seen: set[int], taken: dict[int, int] = taken) -> bool:
-                for q in sorted(left):
-                    target = q % self.stages
-                    if q // self.chunks == source and target not in seen:
-                        seen.add(target)
-                        if target not in taken or place(taken[target] // self.chunks, seen):
-                            taken[target] = q
-                            return True
-                return False
-
-            assert all(place(source, set()) for source in range(self.stages)), "pieces that do not match"
-            rounds.append(sorted(taken.values()))
-            left -= set(taken.values())
+            rounds.append(_one_of_each(left, self.stages, self.chunks))
+            left -= set(rounds[-1])
         return rounds
 
     def out(self, leaf: jax.Array) -> jax.Array:
@@ -232,3 +219,21 @@ class Deal:
             piece = jax.lax.ppermute(piece, STAGE, pairs)
             result = jax.lax.dynamic_update_index_in_dim(result, piece, slot(runs), 0)
         return result
+
+
+def _one_of_each(pieces: set[int], stages: int, chunks: int) -> list[int]:
+    """Pieces of which one leaves every stage and one comes to every stage (Kuhn's matching)."""
+    coming: dict[int, int] = {}  # stage -> the piece that comes to it
+
+    def place(source: int, seen: set[int]) -> bool:
+        for q in sorted(pieces):
+            to = q % stages
+            if q // chunks == source and to not in seen:
+                seen.add(to)
+                if to not in coming or place(coming[to] // chunks, seen):
+                    coming[to] = q
+                    return True
+        return False
+
+    assert all(place(source, set()) for source in range(stages)), "pieces that do not match"
+    return sorted(coming.values())

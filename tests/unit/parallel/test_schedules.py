@@ -216,9 +216,9 @@ def test_layers_are_dealt_once(layers, p, v):
     """Every layer is in one piece, in order, pieces differ by one at most; rounds are one piece from and to every stage."""
     deal = Deal(layers, p, v)
     pieces = [[int(n) for n in deal.places[q % p, q // p] if n >= 0] for q in range(p * v)]
-    assert sum(pieces, []) == list(range(layers))
+    assert [*itertools.chain(*pieces)] == list(range(layers))
     assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
     if deal.equal:
-        assert sorted(sum(deal.rounds, [])) == list(range(p * v))
+        assert sorted(itertools.chain(*deal.rounds)) == list(range(p * v))
         for moved in deal.rounds:
             assert sorted(q // v for q in moved) == sorted(q % p for q in moved) == list(range(p))
