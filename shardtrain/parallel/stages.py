@@ -13,7 +13,6 @@ import numpy as np
 
 from shardtrain.errors import ConfigError
 from shardtrain.parallel.fsdp import gather
-from shardtrain.parallel.groups import Loss
 from shardtrain.parallel.remat import remat
 
 STAGE = "stage"  # the mesh axis
@@ -48,7 +47,7 @@ class Stages:
     keys: Callable[[Any, Any], Any] | None = None
     remat: str | Callable[[Any], str] = "none"
 
-    def __call__(self, model: Any, batch: Any, rngs: Any = None) -> Loss:
+    def __call__(self, model: Any, batch: Any, rngs: Any = None) -> Any:
         """The loss of one group, layer after layer."""
         key, others = self.layer_key(model, rngs), self.head_rngs(rngs)
         x = self.first(model, batch, rngs)
