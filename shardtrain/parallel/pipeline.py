@@ -87,8 +87,12 @@ class _Executor:
         self.shared, self.stack = shared, stack
         self.stage = jax.lax.axis_index(STAGE)
         zero = jnp.int32(0)
-        x = jax.eval_shape(lambda: self.work.embed(shared, zero))
-        scalars = jax.eval_shape(lambda x: self.work.head(shared, zero, x)[1], x)
+
+        def ends() -> Any:
+            x = self.own(self.work.embed(shared, zero))
+            return x, self.work.head(shared, zero, x)[1]
+
+        x, scalars = jax.eval_shape(ends)
         self.no_x, self.no_scalars = self.zeros(x), self.zeros(scalars)
         buffers = lambda count: self.own(  # noqa: E731
             jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), x)
