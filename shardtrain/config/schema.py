@@ -124,6 +124,7 @@ class RunConfig:
     `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
+    `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     """
 
     model: GPTConfig | LlamaConfig | Custom
@@ -133,6 +134,7 @@ class RunConfig:
     dcn: Dcn = Dcn()
     rules: str = "fsdp_tensor"
     microbatches: int = 1
+    schedule: str = "1f1b"
     groups: int | None = None
     precision: Literal["f32", "bf16"] = "f32"
     global_batch: int = 64
@@ -151,7 +153,18 @@ class RunConfig:
 
 KINDS: Mapping[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "custom": Custom}
 
-LAYOUT_FIELDS = ("mesh", "dcn", "rules", "microbatches", "groups", "devices", "output", "monitor", "keep")
+LAYOUT_FIELDS = (
+    "mesh",
+    "dcn",
+    "rules",
+    "microbatches",
+    "schedule",
+    "groups",
+    "devices",
+    "output",
+    "monitor",
+    "keep",
+)
 """Fields that say where and how a run goes, not what it trains: they may change on resume.
 
 So may `steps`, `eval_every`, `eval_rows`, `checkpoint_every`, `sample`, `sample_tokens` (see `load.difference`);

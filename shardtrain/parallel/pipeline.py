@@ -22,6 +22,7 @@ from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.schedules import Schedule
 from shardtrain.parallel.stages import STAGE, Deal, Stages
 from shardtrain.parallel.ticks import Ticks, forward_only, lower
+from shardtrain.parallel.timeline import Costs, Timeline, realise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +36,13 @@ class Pipeline:
     def ticks(self, train: bool) -> Ticks:
         """What the program runs; without `train` forwards alone."""
         return lower(self.schedule) if train else forward_only(self.schedule)
+
+    def timeline(self, costs: Costs | None = None) -> Timeline:
+        """What each stage does when, as the compiled step runs it; on paper, from what an op costs.
+
+        `timeline.simulate(pipeline.schedule)` is the same schedule on stages that run each on its own.
+        """
+        return realise(self.schedule, costs)
 
     def owns(self, path: str) -> bool:
         """Whether a parameter is one of the stack's."""

@@ -59,7 +59,9 @@ fsdp_tensor_sequence = Rules(
 )
 """`fsdp_tensor` with the sequence divided as in `tensor_sequence`."""
 
-infer = Rules("infer", {ANY: "fsdp", "layers": "stage"}, _activations((*_DATA, "fsdp"), False), pick="largest")
+infer = Rules(
+    "infer", {ANY: "fsdp", "layers": "stage"}, _activations((*_DATA, "fsdp"), False), pick="largest"
+)
 """For models without any metadata: the largest dim that divides, over fsdp. Names are ignored."""
 
 PRESETS: dict[str, Rules] = {

@@ -42,7 +42,9 @@ def as_pipeline(
         return None
     if axes != (STAGE,):
         raise ShardingError(
-            f"layers are over {', '.join(axes)}", where="rules", fix=f"rules.override(params={{'layers': '{STAGE}'}})"
+            f"layers are over {', '.join(axes)}",
+            where="rules",
+            fix=f"rules.override(params={{'layers': '{STAGE}'}})",
         )
     stages = mesh.shape[STAGE]
     _check_parts(model, loss_fn, model_state, stages)
@@ -117,7 +119,9 @@ def _layers(stages: Stages, shapes: Mapping[str, Any]) -> int:
     return next(iter(counts.values()))
 
 
-def with_layers(pipe: Pipeline | None, axes: Mapping[str, Logical], shapes: Mapping[str, Any]) -> dict[str, Logical]:
+def with_layers(
+    pipe: Pipeline | None, axes: Mapping[str, Logical], shapes: Mapping[str, Any]
+) -> dict[str, Logical]:
     """Logical axes, with the leading dim of the stack called layers whether the model says so or not."""
     named = lambda path, names: ("layers", *(names or (None,) * len(shapes[path].shape))[1:])  # noqa: E731
     return {p: named(p, names) if pipe is not None and pipe.owns(p) else names for p, names in axes.items()}
