@@ -1,0 +1,210 @@
+"""Pipelines equal one device with the same groups: dropout on, uneven weights, a tied table on the first and last stage."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compare import leaf_difference
+
+import shardtrain as st
+from shardtrain.models import GPTConfig, LlamaConfig, build_model, language_model_loss
+from shardtrain.parallel.schedules import BACKWARD, INPUT, WEIGHT
+from shardtrain.tree import flatten
+
+GPT = GPTConfig(vocab=128, sequence=16, embed=64, layers=8, heads=4, dropout=0.1)
+MODELS = {
+    "gpt": GPT,
+    "gpt6": dataclasses.replace(GPT, layers=6, tied=False),
+    "llama": LlamaConfig(
+        vocab=128, sequence=16, embed=64, layers=4, heads=4, kv_heads=2, mlp=128, dropout=0.1, remat="dots"
+    ),
+}
+GROUPS = 8
+
+
+def batch(rows=16):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 128, (rows, 17)).astype(np.int32)
+    weights = (random.random((rows, 16)) > 0.3).astype(np.float32)
+    weights[[0, 8]] = 0  # group 0 weighs nothing
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def planned(name, sizes, *, groups=GROUPS, rows=16, optimizer=None, **options):
+    config = MODELS.get(name, name)
+    devices = jax.devices()[:1] if sizes == {"data": 1} else None
+    return st.plan(
+        lambda rngs: build_model(config, rngs),
+        language_model_loss,
+        optimizer or optax.sgd(0.1),
+        batch=st.batch_spec(**batch(rows)),
+        mesh=st.make_mesh(devices=devices, **sizes),
+        groups=groups,
+        **options,
+    )
+
+
+def gradients(plan, data):
+    grads, loss = jax.jit(plan.gradients)(plan.init(0), plan.put(data))
+    return jax.device_get(flatten(grads)), float(loss)
+
+
+@functools.cache
+def reference(name):
+    return gradients(planned(name, {"data": 1}), batch())
+
+
+def half_split():
+    """1F1B for two stages and four microbatches, with the backwards of odd ones in two halves: a table of one's own."""
+    rows, late = [], 0
+    for row in st.schedules.one_f_one_b(2, 4).rows:
+        if row.op == BACKWARD and row.microbatch % 2:
+            late += 1
+            rows += [row._replace(op=INPUT), row._replace(op=WEIGHT, time=100 + late)]
+        else:
+            rows.append(row)
+    return rows
+
+
+CASES = {
+    "1f1b": ("gpt", {"stage": 4, "data": 2}, "1f1b"),
+    "gpipe": ("gpt", {"stage": 4, "data": 2}, "gpipe"),
+    "zb": ("llama", {"stage": 4, "data": 2}, "zb"),
+    "all stages": ("gpt", {"stage": 8}, "1f1b"),
+    "fsdp and tensor": ("gpt", {"stage": 2, "fsdp": 2, "tensor": 2}, "1f1b"),
+    "interleaved": ("gpt", {"stage": 2, "fsdp": 2, "tensor": 2}, "interleaved:2"),
+    "uneven layers": ("gpt6", {"stage": 4, "fsdp": 2}, "1f1b"),
+    "a table": ("gpt", {"stage": 2, "data": 2, "tensor": 2}, half_split()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_device(case):
+    """First-step gradients, leaf by leaf. The faults in mind: the key of another layer or group, the head's or the
+    table's part of a gradient left out, pieces that come back in another order, a padded layer that counts."""
+    name, sizes, schedule = CASES[case]
+    ours, loss = gradients(planned(name, sizes, schedule=schedule), batch())
+    expected, expected_loss = reference(name)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    worst, leaf = leaf_difference(ours, expected)
+    assert worst < 1e-5, f"gradient of {leaf} differs by {worst:.2e}"
+
+
+def test_training_and_evaluation():
+    """Three steps of Adam behind a clip, then an evaluation without dropout. The fault in mind: a norm of one stage's own."""
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3))
+    seen = []
+    for sizes in ({"data": 1}, {"stage": 4, "data": 2}):
+        plan = planned("llama", sizes, optimizer=optimizer)
+        state, step, data = plan.init(0), plan.compile(), plan.put(batch())
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, data)
+            losses += [float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["tokens"])]
+        told = plan.compile_eval()(state, data)
+        seen.append([*losses, float(told["loss_sum"]), float(told["loss_weight"])])
+        types = {p: x.sharding for p, x in flatten(state).items()}
+        assert types == {p: x.sharding for p, x in flatten(plan.abstract_state).items()}
+    np.testing.assert_allclose(*seen, rtol=1e-5)
+
+
+@functools.cache
+def compiled(schedule, microbatches):
+    plan = planned(
+        dataclasses.replace(GPT, layers=4),
+        {"stage": 4, "data": 2},
+        groups=2 * microbatches,
+        rows=8 * microbatches,
+        schedule=schedule,
+    )
+    return plan, plan.compile()
+
+
+def test_memory_is_what_is_in_flight():
+    """From 8 to 24 microbatches GPipe keeps 16 inputs more, 1F1B none: XLA's own count. Rows of 4 x 16 x 64 floats.
+
+    The fault in mind: buffers for all microbatches, or residuals that a scan over ticks keeps.
+    """
+    temporaries = {s: [compiled(s, m)[1].memory()["temporaries"] for m in (8, 24)] for s in ("gpipe", "1f1b")}
+    growth = {s: after - before for s, (before, after) in temporaries.items()}
+    one_input, tokens = 4 * 16 * 64 * 4, 16 * 4 * 16 * 4 * 3
+    assert growth["gpipe"] >= 16 * one_input
+    assert growth["1f1b"] <= 2 * tokens < 4 * one_input
+
+
+def test_gradients_leave_once():
+    """Whatever the microbatches: the stack's over data, the rest over data and stage; x and its gradient per tick.
+
+    The faults in mind: a reduction inside the loop of ticks (26 times the bytes), or of the stack over stage.
+    """
+    plan, step = compiled("1f1b", 8)
+    by_axis = step.collectives().by_axis()
+    sizes = {p: 4 * np.prod(leaf.shape) for p, leaf in plan.leaves.items()}
+    stack = sum(n for p, n in sizes.items() if p.startswith("blocks/"))
+    assert by_axis["all-reduce", "data"][1] == pytest.approx(2 * 1 / 2 * stack / 4, rel=1e-3)
+    shared = sum(sizes.values()) - stack
+    assert by_axis["all-reduce", "stage+data"][1] == pytest.approx(2 * 7 / 8 * shared, rel=1e-3)
+    ticks, one_input = 8 + 3, 4 * 16 * 64 * 4
+    assert by_axis["collective-permute", "stage"][1] == pytest.approx(2 * ticks * one_input * 3 / 4)
+    assert all(
+        n < 1000 for key, (_, n) in by_axis.items() if "all-reduce" not in key[0] and "permute" not in key[0]
+    )
+
+
+def test_somebody_elses_parts():
+    """A pair of functions, a pytree between stages, scalars out of the head, metrics. The fault in mind: metrics of one stage."""
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        return {
+            "first": jax.random.normal(keys[0], (16, 64)) / 4,
+            "net": {"layers": {"w": jax.random.normal(keys[1], (4, 64, 64)) / 8, "b": jnp.zeros((4, 64))}},
+            "last": jax.random.normal(keys[2], (64,)) / 8,
+        }
+
+    def block(layer, x, key, batch):
+        keep = jax.random.bernoulli(key, 0.9, x["h"].shape)
+        h = x["h"] + jnp.tanh(x["h"] @ layer["w"] + layer["b"]) * keep * batch["scale"][:, None]
+        return {"h": h, "penalty": x["penalty"] + jnp.square(h).mean()}
+
+    def head(model, x, batch, rngs):
+        noise = jax.random.normal(rngs(), (64,)) * 0.01
+        error = jnp.square(x["h"] @ (model.params["last"] + noise) - batch["y"])
+        return st.Loss(
+            error.sum() + x["penalty"], error.size, {"penalty": x["penalty"], "rows": (error.size, 1.0)}
+        )
+
+    loss = st.Stages(
+        embed=lambda model, batch, rngs: {
+            "h": batch["x"] @ model.params["first"] * jax.random.bernoulli(rngs(), 0.9, (64,)),
+            "penalty": jnp.float32(0),
+        },
+        block=block,
+        head=head,
+        blocks="net/layers",
+    )
+    random = np.random.default_rng(3)
+    data = {
+        k: random.normal(size=s).astype("f") for k, s in (("x", (32, 16)), ("y", (32,)), ("scale", (32,)))
+    }
+    seen = []
+    for sizes in ({"data": 1}, {"stage": 2, "data": 4}):
+        plan = st.plan(
+            (init, lambda params, x: x),
+            loss,
+            optax.sgd(0.1),
+            batch=st.batch_spec(**data),
+            mesh=st.make_mesh(devices=jax.devices()[: np.prod([*sizes.values()])], **sizes),
+            groups=8,
+            schedule="gpipe",
+        )
+        state = plan.init(0)
+        state, metrics = plan.compile()(state, plan.put(data))
+        seen.append((jax.device_get(flatten(state.params)), {k: float(v) for k, v in metrics.items()}))
+    (expected, told), (ours, also) = seen
+    assert also == pytest.approx(told, rel=1e-5)
+    assert leaf_difference(ours, expected)[0] < 1e-5
