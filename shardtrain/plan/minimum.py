@@ -20,6 +20,13 @@ activations  see `plan/traffic.py`: 2f*A for every activation A that crosses ten
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
 
+stages       2 m a bytes over each of the p v - 1 boundaries between p stages of v pieces of the model, for m microbatches
+             of a bytes of activations: forward one way, gradients the other; per device 2 m a (p v - 1) / p on average.
+             Narayanan et al. (arXiv 2104.04473), section 3.2. Parameters outside the stack are on every stage: their
+             gradients are all-reduced over stage too. With v > 1 the pieces of a stack that is divided in the model's
+             order change places once a step, and their gradients back. A stage divides the activations of the
+             layers by p; those of embedding and head are counted in full, for the first stage and the last.
+
 Scalars (loss, norms) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
 """
 
@@ -29,11 +36,16 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.pipeline import Pipeline
+from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.layout import Leaf, in_stack
-from shardtrain.plan.traffic import Traffic, divided_dims, traffic
+from shardtrain.plan.model import FROZEN
+from shardtrain.plan.staged import part_functions
+from shardtrain.plan.traffic import Traffic, as_compute, divided_dims, traffic
 from shardtrain.sharding.rules import spec_axes
 from shardtrain.tree import bytes_text, flatten, table
 
@@ -98,6 +110,8 @@ def minimum(plan: Plan) -> Minimum:
         if path in trained:
             _gradients(plan, leaf, calls, add)
     _activations(plan, carried, calls, add)
+    if plan.pipeline is not None:
+        _stages(plan, plan.pipeline, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
 
 
@@ -113,12 +127,54 @@ def _automatic(leaf: Leaf) -> set[str]:
     return spec_axes(leaf.shard.spec)
 
 
+def _kept(plan: Plan, leaf: Leaf) -> int:
+    """Devices among which a leaf stays divided: each has another part."""
+    return _parts(plan, leaf.shard.kept_axes)
+
+
+def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
+    rows = plan.global_batch // plan.groups
+    parts = part_functions(plan.adapter, pipe, pipe.stages, rows, train=True)
+    assert parts is not None
+    params, frozen = (
+        as_compute(tree, plan.compute)
+        for tree in (plan.abstract_state.params, plan.abstract_state.model_state.get(FROZEN, {}))
+    )
+    x = jax.eval_shape(parts.embed, params, frozen, jax.random.key(0), plan.group_batch)
+    activation = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+    if plan.sequence_divided:
+        activation /= math.prod(
+            plan.mesh.shape[a] for a in plan.rules.activations["seq"] if a in plan.mesh.shape
+        )
+    deal = pipe.deal
+    sent = 2 * calls * activation * (deal.pieces - 1) / deal.stages
+    add("activations to the next stage and back", "collective-permute", (STAGE,), sent, "2m*a*(p*v-1)/p")
+    if deal.equal and deal.chunks > 1:
+        moved = sum(q // deal.chunks != q % deal.stages for q in range(deal.pieces)) / deal.pieces
+        trained = flatten(plan.abstract_state.params)
+        for path, leaf in plan.leaves.items():
+            if pipe.owns(path):
+                held = leaf.shard.axes if path not in plan.held_leaves else ()
+                whole = math.prod(leaf.shape) / _kept(plan, leaf) / _parts(plan, {*_automatic(leaf), *held})
+                size = (
+                    leaf.dtype.itemsize if path not in plan.held_leaves else jnp.dtype(plan.compute).itemsize
+                )
+                size += 4 * (path in trained)
+                add(
+                    "layers to their stages and back",
+                    "collective-permute",
+                    (STAGE,),
+                    moved * whole * size,
+                    "X moved",
+                )
+
+
 def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
     shard = leaf.shard
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
     share = _share(_parts(plan, shard.axes))
-    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf))
+    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf)) / _kept(plan, leaf)
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
@@ -155,9 +211,14 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
 
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
-    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf)) * jnp.dtype(shard.reduce).itemsize
+    size = (
+        math.prod(leaf.shape)
+        / _parts(plan, _automatic(leaf))
+        * jnp.dtype(shard.reduce).itemsize
+        / _kept(plan, leaf)
+    )
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
-    rest = [a for a in plan.rules.batch_axes(plan.mesh) if a not in inside]
+    rest = [a for a in plan.manual_axes if a not in inside and a not in shard.kept_axes]
     size /= _parts(plan, inside)
     scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))
     if scattered:
@@ -180,7 +241,7 @@ def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
 
 
 def _traffic(plan: Plan) -> Traffic:
-    tensor = frozenset(a for a in plan.mesh.shape if a not in plan.rules.batch_axes(plan.mesh))
+    tensor = frozenset(a for a in plan.mesh.shape if a not in plan.manual_axes)
     names = {path: leaf.logical or () for path, leaf in plan.leaves.items()}
     return traffic(
         plan.group_loss,
@@ -195,12 +256,12 @@ def _traffic(plan: Plan) -> Traffic:
 
 
 def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
-    axes = tuple(
-        a for a in plan.mesh.shape if a not in plan.rules.batch_axes(plan.mesh) and plan.mesh.shape[a] > 1
-    )
+    axes = tuple(a for a in plan.mesh.shape if a not in plan.manual_axes and plan.mesh.shape[a] > 1)
     if not axes or not carried.edges:
         return
     share = _share(_parts(plan, axes))
+    if plan.pipeline is not None:
+        carried = carried.divided(plan.pipeline.owns, plan.pipeline.deal.stages)
     outputs = calls * carried.total("output", "lookup")
     inputs = calls * carried.total("input")
     if plan.sequence_divided:
