@@ -31,8 +31,8 @@ class Stages:
             a module where the stack is one, else its parameters. `key` is this layer's own, None without rngs.
         head: `(model, x, batch[, rngs]) -> st.Loss`, or what a loss function may return.
         blocks: path of the stack in the model: parameters with a leading dim of layers.
-        keys: `(model, rngs) -> key or None`, split over the layers; default: one of `rngs`. `embed` and it get equal rngs,
-            `head` others.
+        keys: `(model, rngs) -> key or None`, split over the layers; default: one of `rngs.dropout`. `embed` and it get
+            equal rngs, `head` others.
         remat: what the backward of a layer recomputes (`none`, `dots`, `full`, names), or a function of the model.
 
     Communicates: on a mesh with p stages, m microbatches per batch shard and v pieces of the model per device, 2 m v a bytes
@@ -71,15 +71,15 @@ class Stages:
         from flax import nnx
 
         copy = nnx.clone(rngs)
-        return jax.random.fold_in(copy(), 2) if self.keys is None else self.keys(model, copy)
+        return jax.random.fold_in(copy.dropout(), 2) if self.keys is None else self.keys(model, copy)
 
     def head_rngs(self, rngs: Any) -> Any:
         """Others than those of `embed`, however many that one takes: the last stage does not run it."""
-        if rngs is None:
+        if rngs is None or len(_positional(self.head)) < 4:
             return None
         from flax import nnx
 
-        return nnx.Rngs(jax.random.fold_in(nnx.clone(rngs)(), 1))
+        return nnx.Rngs(jax.random.fold_in(nnx.clone(rngs).dropout(), 1))
 
     def stack(self, model: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Parameters with their leading dim of layers, and how a slice of them becomes a layer."""

@@ -72,11 +72,10 @@ def half_split():
 
 CASES = {
     "1f1b": ("gpt", {"stage": 4, "data": 2}, "1f1b"),
-    "gpipe": ("gpt", {"stage": 4, "data": 2}, "gpipe"),
     "zb": ("llama", {"stage": 4, "data": 2}, "zb"),
     "all stages": ("gpt", {"stage": 8}, "1f1b"),
     "fsdp and tensor": ("gpt", {"stage": 2, "fsdp": 2, "tensor": 2}, "1f1b"),
-    "interleaved": ("gpt", {"stage": 2, "fsdp": 2, "tensor": 2}, "interleaved:2"),
+    "interleaved": ("gpt", {"stage": 2, "fsdp": 4}, "interleaved:4"),
     "uneven layers": ("gpt6", {"stage": 4, "fsdp": 2}, "1f1b"),
     "a table": ("gpt", {"stage": 2, "data": 2, "tensor": 2}, half_split()),
 }
@@ -112,28 +111,47 @@ def test_training_and_evaluation():
     np.testing.assert_allclose(*seen, rtol=1e-5)
 
 
+WIDTH, ROWS = 64, 4
+
+
 @functools.cache
 def compiled(schedule, microbatches):
-    plan = planned(
-        dataclasses.replace(GPT, layers=4),
-        {"stage": 4, "data": 2},
-        groups=2 * microbatches,
-        rows=8 * microbatches,
+    """Four layers of a product over stage=4, data=2: cheap to compile."""
+
+    def init(key):
+        return {
+            "table": jnp.ones((32, WIDTH)),
+            "layers": {"w": jax.random.normal(key, (4, WIDTH, WIDTH)) / 8},
+        }
+
+    rows = 2 * ROWS * microbatches
+    plan = st.plan(
+        (init, lambda params, x: x),
+        st.Stages(
+            embed=lambda model, batch: model.params["table"][batch["ids"]],
+            block=lambda layer, x: jnp.tanh(x @ layer["w"]),
+            head=lambda model, x, batch: jnp.square(x @ model.params["table"].T).mean(),
+            blocks="layers",
+        ),
+        optax.sgd(0.1),
+        batch=st.batch_spec(ids=((rows, 16), "int32")),
+        mesh=st.make_mesh(stage=4, data=2),
+        microbatches=microbatches,
         schedule=schedule,
     )
     return plan, plan.compile()
 
 
 def test_memory_is_what_is_in_flight():
-    """From 8 to 24 microbatches GPipe keeps 16 inputs more, 1F1B none: XLA's own count. Rows of 4 x 16 x 64 floats.
+    """From 8 to 24 microbatches GPipe keeps 16 inputs more, 1F1B none, of 4 x 16 x 64 floats: XLA's own count.
 
     The fault in mind: buffers for all microbatches, or residuals that a scan over ticks keeps.
     """
     temporaries = {s: [compiled(s, m)[1].memory()["temporaries"] for m in (8, 24)] for s in ("gpipe", "1f1b")}
     growth = {s: after - before for s, (before, after) in temporaries.items()}
-    one_input, tokens = 4 * 16 * 64 * 4, 16 * 4 * 16 * 4 * 3
+    one_input, ids = ROWS * 16 * WIDTH * 4, 16 * ROWS * 16 * 4
     assert growth["gpipe"] >= 16 * one_input
-    assert growth["1f1b"] <= 2 * tokens < 4 * one_input
+    assert growth["1f1b"] <= 2 * ids < one_input * 4
 
 
 def test_gradients_leave_once():
@@ -142,17 +160,14 @@ def test_gradients_leave_once():
     The faults in mind: a reduction inside the loop of ticks (26 times the bytes), or of the stack over stage.
     """
     plan, step = compiled("1f1b", 8)
-    by_axis = step.collectives().by_axis()
-    sizes = {p: 4 * np.prod(leaf.shape) for p, leaf in plan.leaves.items()}
-    stack = sum(n for p, n in sizes.items() if p.startswith("blocks/"))
-    assert by_axis["all-reduce", "data"][1] == pytest.approx(2 * 1 / 2 * stack / 4, rel=1e-3)
-    shared = sum(sizes.values()) - stack
-    assert by_axis["all-reduce", "stage+data"][1] == pytest.approx(2 * 7 / 8 * shared, rel=1e-3)
-    ticks, one_input = 8 + 3, 4 * 16 * 64 * 4
-    assert by_axis["collective-permute", "stage"][1] == pytest.approx(2 * ticks * one_input * 3 / 4)
-    assert all(
-        n < 1000 for key, (_, n) in by_axis.items() if "all-reduce" not in key[0] and "permute" not in key[0]
-    )
+    wire = {key: sent for key, (_, sent) in step.collectives().by_axis().items() if sent > 200}
+    ticks, one_input = 8 + 3, ROWS * 16 * WIDTH * 4
+    expected = {
+        ("all-reduce", "data"): 2 * 1 / 2 * WIDTH * WIDTH * 4,
+        ("all-reduce", "stage+data"): 2 * 7 / 8 * 32 * WIDTH * 4,
+        ("collective-permute", "stage"): 2 * ticks * one_input * 3 / 4,
+    }
+    assert wire == pytest.approx(expected, rel=2e-3)  # two scalars of the loss travel with the rest
 
 
 def test_somebody_elses_parts():
