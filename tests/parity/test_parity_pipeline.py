@@ -159,7 +159,7 @@ def test_gradients_leave_once():
 
     The faults in mind: a reduction inside the loop of ticks (26 times the bytes), or of the stack over stage.
     """
-    plan, step = compiled("1f1b", 8)
+    step = compiled("1f1b", 8)[1]
     wire = {key: sent for key, (_, sent) in step.collectives().by_axis().items() if sent > 200}
     ticks, one_input = 8 + 3, ROWS * 16 * WIDTH * 4
     expected = {
