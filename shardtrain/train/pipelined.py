@@ -40,6 +40,7 @@ def pipelined(
     scalars: Callable[[Loss], jax.Array],
     axes: tuple[str, ...],
     train: bool,
+    masked: bool,
 ) -> tuple[Any, jax.Array]:
     """Gradients of all groups of this batch shard, and their scalars.
 
@@ -47,6 +48,7 @@ def pipelined(
         params, frozen: this stage's, as they arrive in the manual region, held leaves gathered.
         whole: makes a tree of parameters what the loss sees. rng: microbatch -> its group's key.
         rows: leaves [microbatches, rows, ...]. scalars: of a loss, as one vector.
+        masked: all stages run everything, see `parallel/pipeline.py`.
 
     Returns:
         `(gradients, vector)`, float32. Both are this stage's part of a sum over `stage`; gradients of a stack
@@ -74,7 +76,9 @@ def pipelined(
         return jnp.float32(loss.sum), scalars(loss)
 
     work = Work(embed, piece, head)
-    d_shared, d_stack, total = pipeline.run(pipe.ticks(train), work, shared, stack, axes, train=train)
+    d_shared, d_stack, total = pipeline.run(
+        pipe.ticks(train), work, shared, stack, axes, train=train, masked=masked
+    )
     if not train:
         return None, total
     back = {path: pipe.deal.back(g) for path, g in d_stack.items()}

@@ -234,6 +234,7 @@ def _pipelined(
         scalars=scalars,
         axes=parts.axes,
         train=train,
+        masked=bool(parts.sequence_axes) and parts.layout.attention == "ring",
     )
 
 
