@@ -152,6 +152,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         microbatches=microbatches,
         schedule=config.schedule,
         groups=groups,
+        attention=config.attention,
         precision=config.precision,
         learning_rate=pieces.learning_rate,
     )

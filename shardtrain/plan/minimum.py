@@ -16,6 +16,10 @@ updates      an updated parameter that is whole while its optimizer state is div
 tables       a leaf that is only looked up in, where the model lets us (st.lookup): all-gather of the token ids and
              an all-to-all of the rows, forward and backward, where that is less than gathering the table; of a part
              of the sequence where tensor divides both the vocabulary and the sequence.
+attention    over a divided sequence (context): keys and values reach every device, f*K forward and again for the
+             backward, and their gradients come home, f*K; under ulysses an all-to-all of queries, keys and values
+             and one of the output, f*(2Q + K)/n forward and as much backward, of Q and K bytes of whole sequences.
+             Liu et al. (arXiv 2310.01889); Jacobs et al. (arXiv 2309.14509).
 activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
@@ -110,6 +114,7 @@ def minimum(plan: Plan) -> Minimum:
         if path in trained:
             _gradients(plan, leaf, calls, add)
     _activations(plan, carried, calls, add)
+    _attention(plan, carried, calls, add)
     if plan.pipeline is not None:
         _stages(plan, plan.pipeline, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
@@ -123,13 +128,9 @@ def _share(n: int) -> float:
     return (n - 1) / n
 
 
-def _automatic(leaf: Leaf) -> set[str]:
-    return spec_axes(leaf.shard.spec)
-
-
-def _kept(plan: Plan, leaf: Leaf) -> int:
-    """Devices among which a leaf stays divided: each has another part."""
-    return _parts(plan, leaf.shard.kept_axes)
+def _size(plan: Plan, leaf: Leaf) -> float:
+    """Elements of a leaf that one device has when it is whole along what is gathered."""
+    return math.prod(leaf.shape) / _parts(plan, {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes})
 
 
 def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
@@ -142,31 +143,26 @@ def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
     )
     x = jax.eval_shape(parts.embed, params, frozen, jax.random.key(0), plan.group_batch)
     activation = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
-    if plan.sequence_divided:
-        activation /= math.prod(
-            plan.mesh.shape[a] for a in plan.rules.activations["seq"] if a in plan.mesh.shape
-        )
+    divided = _parts(plan, (a for a in plan.rules.activations.get("seq", ()) if a in plan.mesh.shape))
     deal = pipe.deal
-    sent = 2 * calls * activation * (deal.pieces - 1) / deal.stages
+    sent = 2 * calls * activation / divided * (deal.pieces - 1) / deal.stages
     add("activations to the next stage and back", "collective-permute", (STAGE,), sent, "2m*a*(p*v-1)/p")
-    if deal.equal and deal.chunks > 1:
-        moved = sum(q // deal.chunks != q % deal.stages for q in range(deal.pieces)) / deal.pieces
-        trained = flatten(plan.abstract_state.params)
-        for path, leaf in plan.leaves.items():
-            if pipe.owns(path):
-                held = leaf.shard.axes if path not in plan.held_leaves else ()
-                whole = math.prod(leaf.shape) / _kept(plan, leaf) / _parts(plan, {*_automatic(leaf), *held})
-                size = (
-                    leaf.dtype.itemsize if path not in plan.held_leaves else jnp.dtype(plan.compute).itemsize
-                )
-                size += 4 * (path in trained)
-                add(
-                    "layers to their stages and back",
-                    "collective-permute",
-                    (STAGE,),
-                    moved * whole * size,
-                    "X moved",
-                )
+    if not deal.equal or deal.chunks == 1:
+        return
+    moved = sum(q // deal.chunks != q % deal.stages for q in range(deal.pieces)) / deal.pieces
+    trained = flatten(plan.abstract_state.params)
+    for path, leaf in plan.leaves.items():
+        if pipe.owns(path):
+            held = path in plan.held_leaves
+            size = _size(plan, leaf) / (1 if held else _parts(plan, leaf.shard.axes))
+            width = (jnp.dtype(plan.compute) if held else leaf.dtype).itemsize + 4 * (path in trained)
+            add(
+                "layers to their stages and back",
+                "collective-permute",
+                (STAGE,),
+                moved * size * width,
+                "X moved",
+            )
 
 
 def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
@@ -174,7 +170,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
     share = _share(_parts(plan, shard.axes))
-    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf)) / _kept(plan, leaf)
+    size = _size(plan, leaf)
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
@@ -211,12 +207,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
 
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
-    size = (
-        math.prod(leaf.shape)
-        / _parts(plan, _automatic(leaf))
-        * jnp.dtype(shard.reduce).itemsize
-        / _kept(plan, leaf)
-    )
+    size = _size(plan, leaf) * jnp.dtype(shard.reduce).itemsize
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
     rest = [a for a in plan.manual_axes if a not in inside and a not in shard.kept_axes]
     size /= _parts(plan, inside)
@@ -259,7 +250,7 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
     axes = tuple(a for a in plan.mesh.shape if a not in plan.manual_axes and plan.mesh.shape[a] > 1)
     if not axes or not carried.edges:
         return
-    share = _share(_parts(plan, axes))
+    share = _share(_parts(plan, axes)) / plan.sequence_parts  # each device has its part of the sequence
     if plan.pipeline is not None:
         carried = carried.divided(plan.pipeline.owns, plan.pipeline.deal.stages)
     outputs = calls * carried.total("output", "lookup")
@@ -284,3 +275,23 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
         add("activations backward", "all-reduce", axes, 2 * share * inputs, "2f*A per input")
     scalars = calls * carried.total("head")
     add("softmax of the head", "all-reduce", axes, 3 * 2 * share * scalars, "2f * 3 float32 scalars a token")
+
+
+def _attention(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
+    axes, n = plan.sequence_axes, plan.sequence_parts
+    if n == 1:
+        return
+    free = {a for a in plan.mesh.shape if a not in plan.manual_axes}
+    divided = lambda name: _parts(plan, free & set(plan.rules.activations.get(name, ())))  # noqa: E731
+    queries = calls * _share(n) * carried.total("queries") / divided("heads")
+    keys = calls * _share(n) * carried.total("keys") / divided("kv_heads")
+    if plan.attention == "ulysses":
+        moved = (2 * queries + keys) / n
+        add("attention forward", "all-to-all", axes, moved, "f*(2Q + K)/n")
+        add("attention backward", "all-to-all", axes, moved, "f*(2Q + K)/n")
+        return
+    ring = plan.attention == "ring"
+    there, home = ("collective-permute",) * 2 if ring else ("all-gather", "reduce-scatter")
+    add("keys forward", there, axes, keys, "f*K")
+    add("keys backward", there, axes, keys, "f*K")
+    add("gradients of keys", home, axes, keys, "f*K")

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.attention import KEYS, QUERIES
 from shardtrain.parallel.lookup import LOOKED_UP
 from shardtrain.plan.lines import equation_line
 from shardtrain.plan.model import FROZEN, VARIABLES
@@ -31,7 +32,8 @@ class Edge:
     """One activation that crosses the axis: `bytes` of it for one group, all runs of a loop together.
 
     `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
-    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens).
+    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens). Queries, and keys (with
+    values), of attention (`path` is empty): what a divided sequence has to move.
     """
 
     kind: str
@@ -79,6 +81,7 @@ _SAME = {
     "pcast",
     "pvary",
 }
+_MARKED = {QUERIES: "queries", KEYS: "keys"}
 _MOVING = {*_SAME, "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
 _LOOSE = {*_SAME, "reshape", "transpose", "squeeze", "expand_dims", "reduce_precision"}
 
@@ -182,6 +185,8 @@ class _Walk:
     def _plain(self, eqn: Any, ins: list[_Value], times: int) -> list[_Value]:
         name, first, rest = eqn.primitive.name, ins[0] if ins else _Value(), ins[1:]
         made = _Value(None, any(v.grad for v in ins), first.root if name in _LOOSE else object())
+        if name == "name" and eqn.params["name"] in _MARKED:
+            self.edges.append(Edge(_MARKED[eqn.params["name"]], "", times * _bytes(eqn.outvars[0]), True))
         if name == "dot_general":
             self._dot(eqn, ins, times)
         elif name == "gather" and first.weight is not None:
