@@ -107,6 +107,8 @@ def minimum(plan: Plan) -> Minimum:
             terms[what, op, axes, formula] = terms.get((what, op, axes, formula), 0.0) + size
 
     carried = _traffic(plan)
+    if plan.pipeline is not None:
+        carried = carried.divided(plan.pipeline.owns, plan.pipeline.deal.stages)
     trained = flatten(plan.abstract_state.params)
     calls = plan.microbatches
     for path, leaf in plan.leaves.items():
@@ -251,8 +253,6 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
     if not axes or not carried.edges:
         return
     share = _share(_parts(plan, axes)) / plan.sequence_parts  # each device has its part of the sequence
-    if plan.pipeline is not None:
-        carried = carried.divided(plan.pipeline.owns, plan.pipeline.deal.stages)
     outputs = calls * carried.total("output", "lookup")
     inputs = calls * carried.total("input")
     if plan.sequence_divided:

@@ -53,9 +53,10 @@ class Traffic:
         return sum(e.bytes for e in self.edges if e.kind in kinds)
 
     def divided(self, owns: Callable[[str], bool], stages: int) -> Traffic:
-        """What one of several stages carries: of the layers its part."""
+        """What one of several stages carries: of the layers its part. What has no path is between two layers' matrices."""
+        inside = lambda e: not e.path or owns(e.path)  # noqa: E731
         return Traffic(
-            tuple(dataclasses.replace(e, bytes=e.bytes / stages) if owns(e.path) else e for e in self.edges)
+            tuple(dataclasses.replace(e, bytes=e.bytes / stages) if inside(e) else e for e in self.edges)
         )
 
 

@@ -58,10 +58,10 @@ def reference(name):
     return gradients(planned(name, {"data": 1}), batch())
 
 
-def half_split():
-    """1F1B for two stages and four microbatches, with the backwards of odd ones in two halves: a table of one's own."""
+def half_split(microbatches):
+    """1F1B for two stages, with the backwards of odd ones in two halves: a table of one's own."""
     rows, late = [], 0
-    for row in st.schedules.one_f_one_b(2, 4).rows:
+    for row in st.schedules.one_f_one_b(2, microbatches).rows:
         if row.op == BACKWARD and row.microbatch % 2:
             late += 1
             rows += [row._replace(op=INPUT), row._replace(op=WEIGHT, time=100 + late)]
@@ -77,7 +77,8 @@ CASES = {
     "fsdp and tensor": ("gpt", {"stage": 2, "fsdp": 2, "tensor": 2}, "1f1b"),
     "interleaved": ("gpt", {"stage": 2, "fsdp": 4}, "interleaved:4"),
     "uneven layers": ("gpt6", {"stage": 4, "fsdp": 2}, "1f1b"),
-    "a table": ("gpt", {"stage": 2, "data": 2, "tensor": 2}, half_split()),
+    "ring attention": ("llama", {"stage": 2, "context": 2, "data": 2}, "gpipe"),
+    "a table": ("gpt", {"stage": 2, "data": 4}, half_split(2)),
 }
 
 
