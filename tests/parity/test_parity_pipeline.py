@@ -84,8 +84,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_device(case):
-    """First-step gradients, leaf by leaf. The faults in mind: the key of another layer or group, the head's or the
-    table's part of a gradient left out, pieces that come back in another order, a padded layer that counts."""
+    """First-step gradients, leaf by leaf. Failed once with the layers of another stage, with a layer that only pads, and
+    with pieces that come back in another order."""
     name, sizes, schedule = CASES[case]
     ours, loss = gradients(planned(name, sizes, schedule=schedule), batch())
     expected, expected_loss = reference(name)
@@ -172,7 +172,8 @@ def test_gradients_leave_once():
 
 
 def test_somebody_elses_parts():
-    """A pair of functions, a pytree between stages, scalars out of the head, metrics. The fault in mind: metrics of one stage."""
+    """A pair of functions, a pytree between stages, metrics. Failed once with the head's part, or the table's,
+    left out of a gradient, and with one key for all groups."""
 
     def init(key):
         keys = jax.random.split(key, 3)
