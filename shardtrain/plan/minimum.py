@@ -211,7 +211,10 @@ def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
     size = _size(plan, leaf) * jnp.dtype(shard.reduce).itemsize
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
-    rest = [a for a in plan.manual_axes if a not in inside and a not in shard.kept_axes]
+    apart = {*inside, *shard.kept_axes}
+    rest = [
+        a for a in plan.mesh.shape if a in plan.manual_axes and a not in apart
+    ]  # in the mesh's order, as reports have it
     size /= _parts(plan, inside)
     scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))
     if scattered:

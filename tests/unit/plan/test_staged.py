@@ -153,7 +153,7 @@ def test_the_minimum_of_a_pipeline():
     stack = sum(n for p, n in sizes.items() if p.startswith("blocks/"))
     assert terms == {
         ("gradients", "data"): 2 * 1 / 2 * stack / 4,
-        ("gradients", "data+stage"): 2 * 7 / 8 * (sum(sizes.values()) - stack),
+        ("gradients", "stage+data"): 2 * 7 / 8 * (sum(sizes.values()) - stack),
         ("activations to the next stage and back", "stage"): 2 * 4 * a * 3 / 4,
     }
     twice = {(t.what, t.axis): t.bytes for t in minimum(gpt(schedule="interleaved:2"))}
