@@ -15,11 +15,14 @@ from shardtrain.mesh import init_distributed as init_distributed
 from shardtrain.mesh import make_mesh as make_mesh
 from shardtrain.mesh import simulate_devices as simulate_devices
 from shardtrain.parallel import presets
+from shardtrain.parallel import schedules as schedules
+from shardtrain.parallel import timeline as timeline
 from shardtrain.parallel.attention import attention as attention
 from shardtrain.parallel.fsdp import gather as gather
 from shardtrain.parallel.groups import Loss as Loss
 from shardtrain.parallel.lookup import lookup as lookup
 from shardtrain.parallel.sequence import positions as positions
+from shardtrain.parallel.stages import Stages as Stages
 from shardtrain.plan.audit import audit as audit
 from shardtrain.plan.expected import assert_collectives as assert_collectives
 from shardtrain.plan.fit import Run as Run

@@ -12,8 +12,9 @@ from flax import nnx
 
 from shardtrain.errors import ConfigError
 from shardtrain.models.layers.cross_entropy import cross_entropy
-from shardtrain.models.layers.stack import empty_caches
+from shardtrain.models.layers.stack import empty_caches, scan_blocks
 from shardtrain.parallel.groups import Loss
+from shardtrain.parallel.stages import Stages
 from shardtrain.sharding import constrain
 from shardtrain.sharding.constrain import enter_block
 
@@ -27,8 +28,18 @@ class LanguageModel(nnx.Module):
 
     config: Any
     blocks: Any
+    final_norm: Any
 
     @abc.abstractmethod
+    def embed(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, position: jax.Array | int = 0
+    ) -> jax.Array:
+        """What enters the first block [B, T, D], for tokens that stand at `position` and after."""
+
+    def keys(self, key: jax.Array | None) -> Any:
+        """Keys of `embed` and of the blocks, from the model's."""
+        return None, key
+
     def forward(
         self,
         tokens_BT: jax.Array,
@@ -39,6 +50,18 @@ class LanguageModel(nnx.Module):
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Hidden states and the cache, with these tokens added to it at `position`."""
+        keys = self.keys(key)
+        x_BTD, cache = scan_blocks(
+            self.blocks,
+            self.embed(tokens_BT, key=keys[0], position=position),
+            path="blocks",
+            policy=self.config.remat,
+            key=keys[1],
+            cache=cache,
+            position=position,
+            segments=segments,
+        )
+        return self.final_norm(x_BTD), cache
 
     @abc.abstractmethod
     def head(self) -> jax.Array:
@@ -69,22 +92,45 @@ class LanguageModel(nnx.Module):
         return self.config.flops_per_token(sequence)
 
 
-def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None) -> Loss:
-    """Weighted sum of next-token cross-entropies in nats, and the sum of the weights.
+Batch = Mapping[str, jax.Array]
 
-    Args:
-        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents
-            are packed that must not see each other.
-        rngs: of this group, for dropout; None for none.
 
-    Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says.
-    """
+def _keys(model: LanguageModel, rngs: nnx.Rngs | None) -> Any:
     dropout = rngs is not None and model.config.dropout > 0
-    key = rngs.dropout() if dropout else None  # type: ignore[union-attr]
-    x_BTD = model.hidden(batch["tokens"], key=key, segments=batch.get("segments"))
-    x_BTD = enter_block(x_BTD)
+    return model.keys(rngs.dropout() if dropout else None)  # type: ignore[union-attr]
+
+
+def _embed(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
+    return model.embed(batch["tokens"], key=_keys(model, rngs)[0])
+
+
+def _block(block: Any, x_BTD: jax.Array, key: jax.Array | None, batch: Batch) -> jax.Array:
+    return block(x_BTD, key=key, segments=batch.get("segments"))[0]
+
+
+def _head(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
+    x_BTD = enter_block(model.final_norm(x_BTD))
     total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
     return Loss(total, batch["weights"].sum())
+
+
+language_model_loss = Stages(
+    _embed,
+    _block,
+    _head,
+    keys=lambda model, rngs: _keys(model, rngs)[1],
+    remat=lambda model: model.config.remat,
+)
+"""`(model, batch, rngs)`: weighted sum of next-token cross-entropies in nats, and the sum of the weights.
+
+Args:
+    batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents
+        are packed that must not see each other.
+    rngs: of this group, for dropout; None for none.
+
+Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says; on a mesh with stages
+what `Stages` says.
+"""
 
 
 def training_flops(matrix_parameters: int, layers: int, width: int, sequence: int) -> float:
