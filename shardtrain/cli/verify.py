@@ -48,8 +48,12 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     layouts = layouts_of(config, options.layouts, jax.device_count())
 
     def say(c: Compared) -> None:
-        verdict = {True: f"equal, gradients {c.gradients or 0:.1e}", False: "DIFFERS", None: "cannot be"}[c.equal]
-        shell.say(f"{c.layout}: {verdict}{'' if c.equal else ': ' + str(c.first_difference)} ({c.seconds:.0f} s)")
+        verdict = {True: f"equal, gradients {c.gradients or 0:.1e}", False: "DIFFERS", None: "cannot be"}[
+            c.equal
+        ]
+        shell.say(
+            f"{c.layout}: {verdict}{'' if c.equal else ': ' + str(c.first_difference)} ({c.seconds:.0f} s)"
+        )
 
     found = verify_config(
         config, layouts, steps=options.steps, width=options.width, tolerance=options.tolerance, say=say

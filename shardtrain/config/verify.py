@@ -59,7 +59,9 @@ def verify_config(
 
     pieces = build(one, make_mesh(devices=jax.devices()[:1], data=1))
     loader = pieces.loader.for_rows(np.arange(config.global_batch))
-    batches = [_padded(batch, i) for i, batch in enumerate(itertools.islice(loader.starting_at(0), min(steps, 8)))]
+    batches = [
+        _padded(batch, i) for i, batch in enumerate(itertools.islice(loader.starting_at(0), min(steps, 8)))
+    ]
     return verify(
         pieces.model,
         pieces.loss,

@@ -151,10 +151,7 @@ def _splits(devices: int, count: int) -> list[tuple[int, ...]]:
     if count == 1:
         return [(devices,)] if devices > 1 else []
     return [
-        (n, *rest)
-        for n in range(2, devices)
-        if devices % n == 0
-        for rest in _splits(devices // n, count - 1)
+        (n, *rest) for n in range(2, devices) if devices % n == 0 for rest in _splits(devices // n, count - 1)
     ]
 
 

@@ -88,7 +88,16 @@ class Verification:
             )
             for c in self.layouts
         ]
-        heads = ("layout", "", "gradients", "loss", "grad norm", "parameters", "optimizer", "first difference")
+        heads = (
+            "layout",
+            "",
+            "gradients",
+            "loss",
+            "grad norm",
+            "parameters",
+            "optimizer",
+            "first difference",
+        )
         count = sum(c.equal is not None for c in self.layouts)
         same = sum(bool(c.equal) for c in self.layouts)
         return "\n".join(
@@ -168,13 +177,15 @@ def verify(
                 )
             shards = plan_shards(candidate, here)
             count = -(-groups // (shards * candidate.microbatches)) * shards * candidate.microbatches
-            layout = made(candidate.mesh, count, here[: candidate.devices], **more)
+            ours = _train(
+                made(candidate.mesh, count, here[: candidate.devices], **more), batches, steps, seed
+            )
         except ShardTrainError as error:
             why = str(error).splitlines()[0]
             return Compared(*common, 0, **blank, equal=None, first_difference=why, seconds=0.0)
         if count not in references:
             references[count] = _train(made({"data": 1}, count, here[:1]), batches, steps, seed)
-        found = _compare(_train(layout, batches, steps, seed), references[count], tolerance)
+        found = _compare(ours, references[count], tolerance)
         return Compared(*common, count, **found, seconds=round(time.monotonic() - start, 1))
 
     results = []
@@ -281,7 +292,9 @@ def _global_norm(tree: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(_norm(v) ** 2 for v in tree.values())))
 
 
-def _leaves(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], tolerance: float) -> dict[str, float]:
+def _leaves(
+    ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], tolerance: float
+) -> dict[str, float]:
     """Against each leaf's own norm; the floor allows two roundings of the global norm at this tolerance."""
     floor = 2 * np.finfo(np.float32).eps / tolerance * _global_norm(reference)
     return {k: _norm(np.float64(ours[k]) - reference[k]) / max(_norm(reference[k]), floor) for k in reference}
