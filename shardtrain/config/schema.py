@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from shardtrain.errors import ConfigError
-from shardtrain.models import GPTConfig, LlamaConfig
+from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RunConfig:
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
     """
 
-    model: GPTConfig | LlamaConfig | Custom
+    model: GPTConfig | LlamaConfig | MoEConfig | Custom
     data: Text = Text()
     optimizer: Optimizer = Optimizer()
     mesh: MeshSizes = MeshSizes()
@@ -149,7 +149,7 @@ class RunConfig:
     sample_tokens: int = 128
 
 
-KINDS: Mapping[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "custom": Custom}
+KINDS: Mapping[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "moe": MoEConfig, "custom": Custom}
 
 LAYOUT_FIELDS = ("mesh", "dcn", "rules", "microbatches", "groups", "devices", "output", "monitor", "keep")
 """Fields that say where and how a run goes, not what it trains: they may change on resume.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,14 @@ from shardtrain.models.layers.stack import empty_caches
 from shardtrain.parallel.groups import Loss
 from shardtrain.sharding import constrain
 from shardtrain.sharding.constrain import enter_block
+
+
+@dataclasses.dataclass(frozen=True)
+class Auxiliary:
+    """What a model adds to its loss, per unit of weight, and what it reports (see `Loss.metrics`)."""
+
+    loss: jax.Array
+    metrics: Mapping[str, Any]
 
 
 class LanguageModel(nnx.Module):
@@ -51,6 +60,12 @@ class LanguageModel(nnx.Module):
         """Normalised hidden states [B, T, D] after the last block."""
         return self.forward(tokens_BT, key=key)[0]
 
+    def hidden_and_auxiliary(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Auxiliary | None]:
+        """As `hidden`, and what the model adds to the loss; None: nothing."""
+        return self.hidden(tokens_BT, key=key), None
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
         x_BTD = enter_block(x_BTD)
@@ -69,6 +84,9 @@ class LanguageModel(nnx.Module):
 def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None) -> Loss:
     """Weighted sum of next-token cross-entropies in nats, and the sum of the weights.
 
+    A model that adds something of its own (mixture of experts) adds it times the weight, so that it is a mean over
+    groups like the rest; the metric `ce` is then the cross-entropy alone.
+
     Args:
         batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T].
         rngs: of this group, for dropout; None for none.
@@ -76,10 +94,15 @@ def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rn
     Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says.
     """
     dropout = rngs is not None and model.config.dropout > 0
-    x_BTD = model.hidden(batch["tokens"], key=rngs.dropout() if dropout else None)  # type: ignore[union-attr]
+    key = rngs.dropout() if dropout else None  # type: ignore[union-attr]
+    x_BTD, auxiliary = model.hidden_and_auxiliary(batch["tokens"], key=key)
     x_BTD = enter_block(x_BTD)
     total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
-    return Loss(total, batch["weights"].sum())
+    weight = batch["weights"].sum()
+    if auxiliary is None:
+        return Loss(total, weight)
+    metrics = {"ce": (total, weight), **auxiliary.metrics}
+    return Loss(total + weight * auxiliary.loss, weight, metrics)
 
 
 def training_flops(matrix_parameters: int, layers: int, width: int, sequence: int) -> float:

@@ -19,8 +19,11 @@ tables       a leaf that is only looked up in, where the model lets us (st.looku
 activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
+experts      tokens go to the devices that hold their experts and come back, and so do both gradients: four all-to-alls
+             of f*S*D over expert, for S places of the capacity (whether taken or not), or without drops S = T*k choices,
+             if they are spread evenly. Lepikhin et al., GShard (arXiv 2006.16668), section 3.
 
-Scalars (loss, norms) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
+Scalars (loss, norms, counts of tokens) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.expert import AXIS
 from shardtrain.plan.layout import Leaf, in_stack
 from shardtrain.plan.traffic import Traffic, divided_dims, traffic
 from shardtrain.sharding.rules import spec_axes
@@ -98,6 +102,7 @@ def minimum(plan: Plan) -> Minimum:
         if path in trained:
             _gradients(plan, leaf, calls, add)
     _activations(plan, carried, calls, add)
+    _experts(plan, carried, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
 
 
@@ -223,3 +228,16 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
         add("activations backward", "all-reduce", axes, 2 * share * inputs, "2f*A per input")
     scalars = calls * carried.total("head")
     add("softmax of the head", "all-reduce", axes, 3 * 2 * share * scalars, "2f * 3 float32 scalars a token")
+
+
+def _experts(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
+    held = {
+        axis
+        for leaf in plan.leaves.values()
+        for name, axes in zip(leaf.logical or (), leaf.spec, strict=False)
+        for axis in (axes if isinstance(axes, tuple) else (axes,))
+        if name == "expert" and axis == AXIS
+    }
+    if held:
+        sent = 4 * _share(plan.mesh.shape[AXIS]) * calls * carried.total("expert")
+        add("tokens to experts and back", "all-to-all", (AXIS,), sent, "4f*S*D")

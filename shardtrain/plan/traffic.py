@@ -3,7 +3,8 @@
 A matrix product whose weight is divided along the contracted dim leaves a partial sum: its output is reduced
 in the forward. One whose weight is divided along another dim leaves the gradient of its other operand as a
 partial sum: that is reduced in the backward, once however many weights share the operand. A lookup in a
-table divided along its rows is reduced in the forward. Nothing else has to cross (Megatron-LM).
+table divided along its rows is reduced in the forward. Nothing else has to cross (Megatron-LM). Kernels of experts
+stand for those of one dense MLP: what they leave and take crosses once per token, not once per choice.
 
 Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053), section 3. Held by tests/unit/plan/test_minimum.py.
 """
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.expert import OF_EXPERTS, SENT
 from shardtrain.parallel.lookup import LOOKED_UP
 from shardtrain.plan.lines import equation_line
 from shardtrain.plan.model import FROZEN, VARIABLES
@@ -31,7 +33,8 @@ class Edge:
     """One activation that crosses the axis: `bytes` of it for one group, all runs of a loop together.
 
     `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
-    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens).
+    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens), expert (what an exchange
+    of tokens sends once; that crosses the expert axis).
     """
 
     kind: str
@@ -42,7 +45,7 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """`edges` over the tensor axes."""
+    """`edges` over the tensor axes, and over expert."""
 
     edges: tuple[Edge, ...]
 
@@ -55,13 +58,14 @@ class Traffic:
 class _Weight:
     """A value that is a parameter, moved or converted: which of its dims the axis divides.
 
-    `marked`: it went through `st.lookup`.
+    `marked`: it went through `st.lookup`. `tokens`: of kernels of experts, how many they serve together.
     """
 
     path: str
     divided: frozenset[int] = frozenset()
     vocab: frozenset[int] = frozenset()
     marked: bool = False
+    tokens: int = 0
 
 
 _SAME = {
@@ -74,6 +78,7 @@ _SAME = {
     "pvary",
 }
 _MOVING = {*_SAME, "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
+_PRODUCTS = ("dot_general", "ragged_dot_general")
 _LOOSE = {*_SAME, "reshape", "transpose", "squeeze", "expand_dims", "reduce_precision"}
 
 
@@ -171,15 +176,17 @@ class _Walk:
     def _plain(self, eqn: Any, ins: list[_Value], times: int) -> list[_Value]:
         name, first, rest = eqn.primitive.name, ins[0] if ins else _Value(), ins[1:]
         made = _Value(None, any(v.grad for v in ins), first.root if name in _LOOSE else object())
-        if name == "dot_general":
-            self._dot(eqn, ins, times)
+        if name in _PRODUCTS:
+            self._dot(eqn, ins[:2], times)
+        elif name == "name" and eqn.params["name"] == SENT:
+            self.edges.append(Edge("expert", "", times * _bytes(eqn.invars[0]), True))
         elif name == "gather" and first.weight is not None:
             self._lookup(eqn, first.weight, times)
         elif first.weight is not None:
             made = dataclasses.replace(made, weight=_moved(eqn, first.weight))
             if made.weight is None:
                 rest = ins
-        for v in rest if name != "dot_general" else []:
+        for v in rest if name not in _PRODUCTS else []:
             if v.weight is not None:
                 self.uses.setdefault(v.weight.path, set()).add(name)
         return [made, *[_Value(None, made.grad) for _ in eqn.outvars[1:]]][: len(eqn.outvars)]
@@ -209,16 +216,17 @@ class _Walk:
                 continue
             self.uses.setdefault(weight.path, set()).add("dot")
             shape = eqn.invars[other].aval.shape
-            contracted = [set(dims) for dims in eqn.params["dimension_numbers"][0]]
+            contracted = [set(dims) for dims in _contracted(eqn)]
+            rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
+            share = weight.tokens / rows if weight.tokens else 1  # of what goes through experts, each token once
             if weight.divided & contracted[side]:
-                self.edges.append(Edge("output", weight.path, times * _bytes(eqn.outvars[0]), True))
+                self.edges.append(Edge("output", weight.path, times * share * _bytes(eqn.outvars[0]), True))
             elif weight.divided:
                 root = ins[other].root
                 if ins[other].grad and ins[other].weight is None and root not in self._seen:
                     self._seen.add(root)
-                    self.edges.append(Edge("input", weight.path, times * _bytes(eqn.invars[other]), False))
+                    self.edges.append(Edge("input", weight.path, times * share * _bytes(eqn.invars[other]), False))
                 if weight.divided & weight.vocab:
-                    rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
                     self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
 
     def _lookup(self, eqn: Any, weight: _Weight, times: int) -> None:
@@ -252,6 +260,8 @@ def _moved(eqn: Any, weight: _Weight) -> _Weight | None:
     name = eqn.primitive.name
     if name == "name" and eqn.params["name"] == LOOKED_UP:
         return dataclasses.replace(weight, marked=True)
+    if name == "name" and eqn.params["name"].startswith(OF_EXPERTS):
+        return dataclasses.replace(weight, tokens=int(eqn.params["name"].removeprefix(OF_EXPERTS)))
     if name in _SAME or name in ("slice", "dynamic_slice"):
         return weight
     new = _positions(eqn)
@@ -295,6 +305,11 @@ def _shape(v: Any) -> tuple[int, ...]:
 
 def _bytes(v: Any) -> float:
     return math.prod(v.aval.shape) * v.aval.dtype.itemsize
+
+
+def _contracted(eqn: Any) -> Any:
+    numbers = eqn.params.get("dimension_numbers")
+    return (eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers if numbers is None else numbers)[0]
 
 
 def divided_dims(spec: PartitionSpec, axes: frozenset[str]) -> frozenset[int]:

@@ -137,6 +137,7 @@ def gradients(
             groups,
             batch,
             parts,
+            last=(False, False, _by_path(lambda p, v: _merges(p, v, parts) == "last", variables)),
         )
         grads = _by_path(
             lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.batch_axes), grads
@@ -194,8 +195,11 @@ def _placed(shard: Shard) -> PartitionSpec:
     return PartitionSpec(*[None] * shard.dim, shard.axes)
 
 
-def _over_groups(function: Callable[..., Any], groups: jax.Array, batch: Any, parts: StepParts) -> Any:
-    """Sum of `function(group, rows)` over the groups that this device holds, one after the other."""
+def _over_groups(
+    function: Callable[..., Any], groups: jax.Array, batch: Any, parts: StepParts, last: Any = False
+) -> Any:
+    """Sum of `function(group, rows)` over the groups that this device holds, one after the other; of whole numbers, and
+    where `last` (a prefix of the result) is true, that of the last group."""
     count = parts.groups // parts.shard_count
     rows = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
     if count == 1:
@@ -206,9 +210,11 @@ def _over_groups(function: Callable[..., Any], groups: jax.Array, batch: Any, pa
         jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.batch_axes
     )
 
+    lasts = jax.tree.map(lambda s, flag: flag or _is_last(s), first, jax.tree.broadcast(last, first))
+
     def body(total: Any, xs: Any) -> Any:
-        out = function(*xs)
-        return jax.tree.map(lambda t, o: o if _is_last(t) else t + o.astype(t.dtype), total, out), None
+        add = lambda flag, t, o: o.astype(t.dtype) if flag else t + o.astype(t.dtype)  # noqa: E731
+        return jax.tree.map(add, lasts, total, function(*xs)), None
 
     return jax.lax.scan(body, zeros, (groups, rows))[0]
 
@@ -217,14 +223,17 @@ def _accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def _is_last(x: jax.Array) -> bool:
+def _is_last(x: Any) -> bool:
     return not jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _merges(path: str, variable: Any, parts: StepParts) -> str:
+    return parts.merges.get(path, "last" if _is_last(variable) else "mean")
 
 
 def _merge(total: jax.Array, path: str, old: jax.Array, parts: StepParts) -> jax.Array:
     """One variable from the copies of the groups: mean of floats, the last of all else."""
-    how = parts.merges.get(path, "last" if _is_last(old) else "mean")
-    axes = parts.batch_axes
+    how, axes = _merges(path, old, parts), parts.batch_axes
     if how == "last":
         return jax.lax.pmax(total, axes) if axes else total
     total = jax.lax.psum(total, axes) if axes else total

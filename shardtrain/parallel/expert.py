@@ -1,0 +1,337 @@
+"""Mixture of experts: tokens go to the devices that hold their experts, over the mesh axis `expert`, and come back.
+
+Everything here is a function of one group, the rows that one call of the loss sees: who is chosen, who is dropped, the
+balance. The exchange only says where the products are made, so any mesh gives what one device gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from shardtrain.mesh import device_of
+from shardtrain.parallel.fsdp import varying
+from shardtrain.parallel.remat import REDUCED
+from shardtrain.sharding import context
+from shardtrain.sharding.constrain import spec_of
+from shardtrain.sharding.rules import spec_axes
+
+AXIS = "expert"
+SENT = "sent to experts"  # marks what an exchange sends, in traces on shapes (see `plan/traffic.py`)
+OF_EXPERTS = "experts of "  # and the kernels, followed by the number of tokens that they serve
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(rows [..., in], kernels [experts, in, *out]) -> [..., *out]`: each row times the kernel of its expert."""
+
+
+# --- routing ------------------------------------------------------------------------------------------
+
+
+def scores_of(logits: jax.Array, score: str) -> jax.Array:
+    """Float32 scores [T, E] of router logits: `softmax` over the experts, or `sigmoid` of each."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
+
+
+def route(
+    logits: jax.Array, k: int, *, score: str = "softmax", bias: jax.Array | None = None, renormalise: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """The k experts of each token, best first, and their weights. Ties go to the lower index.
+
+    Args:
+        logits: [T, E]. score: `softmax` (Mixtral) or `sigmoid` (DeepSeek-V3).
+        bias: [E], added to the scores for the selection alone; weights and gradients do not see it.
+        renormalise: weights of a token add up to one.
+
+    Returns:
+        Experts int32 [T, k], different ones for each token; weights float32 [T, k].
+
+    Source: Jiang et al., Mixtral (arXiv 2401.04088); DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+    """
+    scores = scores_of(logits, score)
+    wanted = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    # Saved under every remat policy: a tie that a second run decides otherwise would not fit what was sent.
+    chosen = checkpoint_name(jax.lax.top_k(wanted, k)[1].astype(jnp.int32), REDUCED)
+    weights = jnp.take_along_axis(scores, chosen, -1)
+    return chosen, weights / weights.sum(-1, keepdims=True) if renormalise else weights
+
+
+def load(chosen: jax.Array, experts: int) -> jax.Array:
+    """How often each expert was chosen, int32 [E]."""
+    return (chosen[..., None] == jnp.arange(experts)).sum((0, 1), dtype=jnp.int32)
+
+
+def balance_loss(scores: jax.Array, chosen: jax.Array) -> jax.Array:
+    """E * sum over experts of (share of the choices) * (mean share of the scores): 1 where all are alike.
+
+    Source: Fedus et al., Switch Transformers (arXiv 2101.03961), section 2.2, with choices counted over all k.
+    """
+    experts = scores.shape[-1]
+    share = load(chosen, experts) / chosen.size
+    return experts * (share * (scores / scores.sum(-1, keepdims=True)).mean(0)).sum()
+
+
+def router_z_loss(logits: jax.Array) -> jax.Array:
+    """Mean over tokens of logsumexp(logits)^2: keeps logits small. Source: Zoph et al., ST-MoE (arXiv 2202.08906)."""
+    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), -1)).mean()
+
+
+def capacity(tokens: int, k: int, experts: int, factor: float) -> int:
+    """Places of one expert for the tokens of one group: ceil(T * k / E * factor), never more than T."""
+    return min(tokens, math.ceil(tokens * k / experts * factor))
+
+
+# --- places -------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where choices go. Choice j of token t is number j*T + t: first choices come before second ones.
+
+    `choice`: [places], which choice takes a place; k*T where none does. `place`: [k*T], of each choice; as many as
+    there are places where it is dropped. `sizes`: [E], choices of each expert, dropped ones too.
+    """
+
+    choice: jax.Array
+    place: jax.Array
+    sizes: jax.Array
+
+
+def places(chosen: jax.Array, experts: int, most: int) -> Places:
+    """Places by expert, and within one by the number of the choice: all first choices in the order of the tokens, then
+    all second ones. By sorting; no mask of tokens x experts x places.
+
+    Args:
+        chosen: [T, k]. most: places of each expert, the first choices that it keeps (its place e is `e*most + rank`);
+            0: as many as it was chosen, one expert right after the other, k*T in all.
+    """
+    flat = chosen.T.reshape(-1)
+    count = flat.size
+    order = jnp.argsort(flat, stable=True)
+    sizes = load(chosen, experts)
+    if not most:
+        return Places(order, jnp.argsort(order), sizes)
+    starts = jnp.cumsum(sizes) - sizes
+    rank = jnp.argsort(order) - starts[flat]
+    place = jnp.where(rank < most, flat * most + rank, experts * most)
+    here = jnp.arange(most)
+    taken = order.at[starts[:, None] + here].get(mode="fill", fill_value=count)
+    choice = jnp.where(here < sizes[:, None], taken, count)
+    return Places(choice.reshape(-1), place, sizes)
+
+
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """`rows[index]`; zero beyond the end."""
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def _add_up(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """Sum over j of `rows[index[j]]`, in float32."""
+    return _take(rows, index).astype(jnp.float32).sum(0).astype(rows.dtype)
+
+
+# Each is the other's transpose, so neither direction adds up by scatter.
+@jax.custom_vjp
+def spread(rows: jax.Array, taken: jax.Array, given: jax.Array) -> jax.Array:
+    """`rows[taken]`: [n, ...] -> [m, ...], zero where `taken` is n. `given`: [k, n], the places that hold a row (m: none)."""
+    return _take(rows, taken)
+
+
+@jax.custom_vjp
+def collect(rows: jax.Array, taken: jax.Array, given: jax.Array) -> jax.Array:
+    """[m, ...] -> [n, ...]: the sum of what `spread` made of each row."""
+    return _add_up(rows, given)
+
+
+spread.defvjp(lambda x, t, g: (_take(x, t), (t, g)), lambda tg, y: (_add_up(y, tg[1]), None, None))
+collect.defvjp(lambda x, t, g: (_add_up(x, g), (t, g)), lambda tg, y: (_take(y, tg[0]), None, None))
+
+
+# --- the exchange -------------------------------------------------------------------------------------
+
+
+def expert_mlp(
+    x_BTD: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    experts: int,
+    factor: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum over a token's experts e of `weight_e * (silu(x gate_e) * (x up_e)) down_e`.
+
+    Under a Plan whose rules divide `expert` each device has E/n experts: the tokens go to them and come back. Outside,
+    and where a device has all of them, nothing is sent. Columns may be divided over tensor: partial sums then come
+    back, and are summed once per token, not once per choice.
+
+    Args:
+        x_BTD: [B, T, D], the residual stream of one group. chosen, weights: [B*T, k], see `route`.
+        gate_up: [E/n, D, 2, F]. down: [E/n, F, D].
+        experts: E. factor: of the capacity, see `capacity`; choices beyond it are dropped, their weight is lost.
+            0: none is dropped.
+
+    Returns:
+        [B, T, D], and the number of choices that were dropped, int32.
+
+    Communicates: over expert, with f = (n-1)/n: an all-to-all of the token vectors to the experts and one back, and both
+    again for the gradients: 4f*S*D, for S = E * capacity places or, without drops, the B*T*k choices themselves. Without
+    drops also an all-gather of E counts, and on CPU, which has no ragged all-to-all, S = n * B*T * min(k, E/n).
+    Over tensor as a dense MLP: f*B*T*D times two forward, times two backward.
+
+    Source: Lepikhin et al., GShard (arXiv 2006.16668); Gale et al., MegaBlocks (arXiv 2211.15841).
+    Held by tests/unit/parallel/test_expert.py and tests/comms/test_experts.py.
+    """
+    layout = context.current()
+    if layout is not None and layout.mesh is None:
+        mark = f"{OF_EXPERTS}{x_BTD.shape[0] * x_BTD.shape[1]}"
+        gate_up, down = checkpoint_name(gate_up, mark), checkpoint_name(down, mark)
+    up_spec, down_spec = spec_of(gate_up, "mlp"), spec_of(down, "mlp", None)
+    axes = () if up_spec is None else tuple(sorted(spec_axes(up_spec)))
+    stream = spec_of(x_BTD, "batch", "seq", "embed") if axes else None
+    sequence = None if stream is None else stream[1]
+
+    def local(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> Any:
+        if sequence is not None:
+            x = jax.lax.all_gather(x, sequence, axis=1, tiled=True)
+        # So that the gradient of the tokens is summed over tensor here, not once per choice.
+        x, weights = varying((x, weights), axes)
+        flat = x.reshape(-1, x.shape[-1])
+
+        def apply(rows: jax.Array, product: Product) -> jax.Array:
+            both = checkpoint_name(product(rows, gate_up), "mlp_up")
+            return product(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], down)
+
+        y, dropped = _exchanged(apply, flat, chosen, weights, experts, down.shape[0], factor)
+        y = y.reshape(x.shape)
+        if sequence is not None:
+            y = jax.lax.psum_scatter(y, sequence, scatter_dimension=1, tiled=True)
+        elif axes:
+            y = jax.lax.psum(y, axes)
+        return y, dropped
+
+    if not axes:
+        return local(x_BTD, chosen, weights, gate_up, down)
+    whole, rows = PartitionSpec(), PartitionSpec(None, sequence)
+    assert layout is not None
+    return jax.shard_map(
+        local,
+        mesh=None if layout.manual else layout.mesh,
+        in_specs=(rows, whole, whole, up_spec, down_spec),
+        out_specs=(rows, whole),
+        axis_names=set(axes),
+    )(x_BTD, chosen, weights, gate_up, down)
+
+
+def _exchanged(
+    apply: Callable[[jax.Array, Product], jax.Array],
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    experts: int,
+    held: int,
+    factor: float,
+) -> tuple[jax.Array, jax.Array]:
+    """[T, D] -> [T, D]: `apply` on the rows of the `held` experts that this device has."""
+    (tokens, k), n = chosen.shape, experts // held
+    assert n == 1 or jax.lax.axis_size(AXIS) == n, "the experts of a device are its part of the expert axis"
+    most = capacity(tokens, k, experts, factor) if factor else 0
+    to = places(chosen, experts, most)
+    count = to.place.size
+    token = jnp.where(to.choice < count, to.choice % tokens, tokens)
+    rows = spread(x, token, to.place.reshape(k, tokens))
+    layout = context.current()
+    if layout is not None and layout.mesh is None:
+        rows = checkpoint_name(rows, SENT)
+    if most:
+        rows = _with_capacity(apply, rows.reshape(experts, most, -1), n).reshape(rows.shape)
+        dropped = jnp.maximum(to.sizes - most, 0).sum()
+    else:
+        rows = _without_drops(apply, rows, to.sizes, n, width=tokens * min(k, held))
+        dropped = jnp.zeros_like(to.sizes).sum()
+    by_place = spread(weights.T.reshape(count, 1), to.choice, to.place[None])
+    weighted = (rows.astype(jnp.float32) * by_place).astype(rows.dtype)
+    return collect(weighted, token, to.place.reshape(k, tokens)), dropped
+
+
+def _with_capacity(apply: Callable[[jax.Array, Product], jax.Array], rows: jax.Array, n: int) -> jax.Array:
+    """[experts, places, D] -> the same; every expert has the same number of places."""
+
+    def product(rows: jax.Array, kernels: jax.Array) -> jax.Array:
+        return jnp.einsum("ecd,ed...->ec...", rows, kernels)
+
+    if n == 1:
+        return apply(rows, product)
+    # [experts, places, D] <-> [experts held, n * places, D]
+    there = dict(axis_name=AXIS, split_axis=0, concat_axis=1, tiled=True)
+    back = dict(axis_name=AXIS, split_axis=1, concat_axis=0, tiled=True)
+    rows = checkpoint_name(jax.lax.all_to_all(rows, **there), REDUCED)
+    return checkpoint_name(jax.lax.all_to_all(apply(rows, product), **back), REDUCED)
+
+
+def _without_drops(
+    apply: Callable[[jax.Array, Product], jax.Array], rows: jax.Array, sizes: jax.Array, n: int, width: int
+) -> jax.Array:
+    """[choices, D] in the order of their experts -> the same. `sizes`: [E]. `width`: the most that one device can send
+    another."""
+    if n == 1:
+        return apply(rows, functools.partial(_ragged_product, sizes))
+    height, held = rows.shape[0], sizes.size // n
+    every = checkpoint_name(jax.lax.all_gather(sizes, AXIS), REDUCED).reshape(n, n, held)
+    sent = every.sum(-1)
+    rows = checkpoint_name(_ragged_exchange(rows, sent, width, n * width), REDUCED)
+    # They come in the order (sender, expert) and are wanted in the order of the experts.
+    mine = every[:, jax.lax.axis_index(AXIS)]
+    piece = jnp.searchsorted(jnp.cumsum(mine.reshape(-1)), jnp.arange(n * width), side="right")
+    order = jnp.argsort(jnp.where(piece < n * held, piece % held, held), stable=True)
+    inverse = jnp.argsort(order)
+    rows = apply(spread(rows, order, inverse[None]), functools.partial(_ragged_product, mine.sum(0)))
+    rows = spread(rows, inverse, order[None])
+    return checkpoint_name(_ragged_exchange(rows, sent.T, width, height), REDUCED)
+
+
+def _ragged_product(sizes: jax.Array, rows: jax.Array, kernels: jax.Array) -> jax.Array:
+    flat = kernels.reshape(*kernels.shape[:2], -1)
+    return jax.lax.ragged_dot(rows, flat, sizes).reshape(rows.shape[0], *kernels.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Array:
+    """Rows for device 0, then for device 1, ... -> rows from device 0, then from device 1, ..., [height, D].
+
+    `sent`: [n, n], the same on every device: how many rows go from one to the other, at most `width`.
+    """
+    me = jax.lax.axis_index(AXIS)
+    begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
+    layout = context.current()
+    if layout is not None and layout.mesh is not None and device_of(layout.mesh).platform != "cpu":
+        out = varying(jnp.zeros((height, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
+        return jax.lax.ragged_all_to_all(rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS)
+    # The CPU has none: buffers of the largest size there can be, which give the same rows.
+    step = jnp.arange(width)
+    inside = step < sent[me][:, None]
+    padded = _take(rows, jnp.where(inside, begin[me][:, None] + step, rows.shape[0]))
+    padded = jax.lax.all_to_all(padded, AXIS, 0, 0, tiled=True).reshape(-1, rows.shape[1])
+    row, ends = jnp.arange(height), jnp.cumsum(sent[:, me])
+    sender = jnp.searchsorted(ends, row, side="right")
+    there = sender * width + row - land[jnp.minimum(sender, len(sent) - 1), me]
+    return _take(padded, jnp.where(row < ends[-1], there, padded.shape[0]))
+
+
+_ragged_exchange.defvjp(
+    lambda rows, sent, width, height: (
+        _ragged_exchange(rows, sent, width, height),
+        (sent, jnp.zeros((rows.shape[0], 0))),
+    ),
+    lambda width, height, saved, g: (_ragged_exchange(g, saved[0].T, width, saved[1].shape[0]), None),
+)
