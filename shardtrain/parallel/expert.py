@@ -95,10 +95,9 @@ def capacity(tokens: int, k: int, experts: int, factor: float) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where choices go. Choice j of token t is number j*T + t: first choices come before second ones.
-
-    `choice`: [places], which choice takes a place; k*T where none does. `place`: [k*T], of each choice; as many as
-    there are places where it is dropped. `sizes`: [E], choices of each expert, dropped ones too.
+    """Where choices go. `choice`: [places], the number of the choice that takes a place (t*k + j for choice j of token t),
+    T*k where none does. `place`: [T, k], of each choice; as many as there are places where it is dropped. `sizes`: [E],
+    choices of each expert, dropped ones too.
     """
 
     choice: jax.Array
@@ -107,26 +106,24 @@ class Places:
 
 
 def places(chosen: jax.Array, experts: int, most: int) -> Places:
-    """Places by expert, and within one by the number of the choice: all first choices in the order of the tokens, then
-    all second ones. By sorting; no mask of tokens x experts x places.
+    """Places by expert, and within one in the order of the tokens, a token's first choice before its second. So what a
+    token gets does not depend on later ones. By sorting; no mask of tokens x experts x places.
 
     Args:
-        chosen: [T, k]. most: places of each expert, the first choices that it keeps (its place e is `e*most + rank`);
-            0: as many as it was chosen, one expert right after the other, k*T in all.
+        chosen: [T, k]. most: places of each expert, which keeps as many choices (the place of its r-th is `e*most + r`);
+            0: as many as it was chosen, one expert right after the other, T*k in all.
     """
-    flat = chosen.T.reshape(-1)
-    count = flat.size
+    flat, sizes = chosen.reshape(-1), load(chosen, experts)
     order = jnp.argsort(flat, stable=True)
-    sizes = load(chosen, experts)
+    place = jnp.argsort(order)
     if not most:
-        return Places(order, jnp.argsort(order), sizes)
+        return Places(order, place.reshape(chosen.shape), sizes)
     starts = jnp.cumsum(sizes) - sizes
-    rank = jnp.argsort(order) - starts[flat]
+    rank, here = place - starts[flat], jnp.arange(most)
     place = jnp.where(rank < most, flat * most + rank, experts * most)
-    here = jnp.arange(most)
-    taken = order.at[starts[:, None] + here].get(mode="fill", fill_value=count)
-    choice = jnp.where(here < sizes[:, None], taken, count)
-    return Places(choice.reshape(-1), place, sizes)
+    taken = order.at[starts[:, None] + here].get(mode="fill", fill_value=flat.size)
+    choice = jnp.where(here < sizes[:, None], taken, flat.size)
+    return Places(choice.reshape(-1), place.reshape(chosen.shape), sizes)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -135,14 +132,14 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _add_up(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Sum over j of `rows[index[j]]`, in float32."""
-    return _take(rows, index).astype(jnp.float32).sum(0).astype(rows.dtype)
+    """[n, ...]: the sum over j of `rows[index[:, j]]`, in float32."""
+    return _take(rows, index).astype(jnp.float32).sum(1).astype(rows.dtype)
 
 
 # Each is the other's transpose, so neither direction adds up by scatter.
 @jax.custom_vjp
 def spread(rows: jax.Array, taken: jax.Array, given: jax.Array) -> jax.Array:
-    """`rows[taken]`: [n, ...] -> [m, ...], zero where `taken` is n. `given`: [k, n], the places that hold a row (m: none)."""
+    """`rows[taken]`: [n, ...] -> [m, ...], zero where `taken` is n. `given`: [n, k], the places that a row has (m: none)."""
     return _take(rows, taken)
 
 
@@ -247,9 +244,8 @@ def _exchanged(
     assert n == 1 or jax.lax.axis_size(AXIS) == n, "the experts of a device are its part of the expert axis"
     most = capacity(tokens, k, experts, factor) if factor else 0
     to = places(chosen, experts, most)
-    count = to.place.size
-    token = jnp.where(to.choice < count, to.choice % tokens, tokens)
-    rows = spread(x, token, to.place.reshape(k, tokens))
+    token = to.choice // k  # T where there is no choice
+    rows = spread(x, token, to.place)
     layout = context.current()
     if layout is not None and layout.mesh is None:
         rows = checkpoint_name(rows, SENT)
@@ -259,9 +255,9 @@ def _exchanged(
     else:
         rows = _without_drops(apply, rows, to.sizes, n, width=tokens * min(k, held))
         dropped = jnp.zeros_like(to.sizes).sum()
-    by_place = spread(weights.T.reshape(count, 1), to.choice, to.place[None])
+    by_place = spread(weights.reshape(-1, 1), to.choice, to.place.reshape(-1, 1))
     weighted = (rows.astype(jnp.float32) * by_place).astype(rows.dtype)
-    return collect(weighted, token, to.place.reshape(k, tokens)), dropped
+    return collect(weighted, token, to.place), dropped
 
 
 def _with_capacity(apply: Callable[[jax.Array, Product], jax.Array], rows: jax.Array, n: int) -> jax.Array:
@@ -295,8 +291,8 @@ def _without_drops(
     piece = jnp.searchsorted(jnp.cumsum(mine.reshape(-1)), jnp.arange(n * width), side="right")
     order = jnp.argsort(jnp.where(piece < n * held, piece % held, held), stable=True)
     inverse = jnp.argsort(order)
-    rows = apply(spread(rows, order, inverse[None]), functools.partial(_ragged_product, mine.sum(0)))
-    rows = spread(rows, inverse, order[None])
+    rows = apply(spread(rows, order, inverse[:, None]), functools.partial(_ragged_product, mine.sum(0)))
+    rows = spread(rows, inverse, order[:, None])
     return checkpoint_name(_ragged_exchange(rows, sent.T, width, height), REDUCED)
 
 
@@ -313,11 +309,10 @@ def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int) 
     """
     me = jax.lax.axis_index(AXIS)
     begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
-    layout = context.current()
-    if layout is not None and layout.mesh is not None and device_of(layout.mesh).platform != "cpu":
+    if _has_ragged():
         out = varying(jnp.zeros((height, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
         return jax.lax.ragged_all_to_all(rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS)
-    # The CPU has none: buffers of the largest size there can be, which give the same rows.
+    # Buffers of the largest size there can be, which give the same rows.
     step = jnp.arange(width)
     inside = step < sent[me][:, None]
     padded = _take(rows, jnp.where(inside, begin[me][:, None] + step, rows.shape[0]))
@@ -326,6 +321,13 @@ def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int) 
     sender = jnp.searchsorted(ends, row, side="right")
     there = sender * width + row - land[jnp.minimum(sender, len(sent) - 1), me]
     return _take(padded, jnp.where(row < ends[-1], there, padded.shape[0]))
+
+
+def _has_ragged() -> bool:
+    """Whether the platform that the trace is for has a ragged all-to-all; the CPU has none."""
+    layout = context.current()
+    device = jax.devices()[0] if layout is None or layout.mesh is None else device_of(layout.mesh)
+    return device.platform != "cpu"
 
 
 _ragged_exchange.defvjp(
