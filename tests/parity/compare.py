@@ -26,6 +26,13 @@ LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
     "zero1-tensor": ({"data": 4, "tensor": 2}, "zero1_tensor", 2),
     "slices": ({"slice": 2, "data": 2, "tensor": 2}, "tensor", 2),
 }
+EXPERT_LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
+    "expert8": ({"expert": 8}, "fsdp_tensor", 1),
+    "data-expert": ({"data": 2, "expert": 4}, "fsdp_tensor", 1),
+    "fsdp-expert": ({"fsdp": 2, "expert": 4}, "fsdp_tensor", 1),
+    "expert-tensor-fsdp": ({"fsdp": 2, "expert": 2, "tensor": 2}, "fsdp_tensor", 2),
+    "expert-sequence": ({"expert": 4, "tensor": 2}, "fsdp_tensor_sequence", 2),
+}
 GROUPS = 8
 
 
@@ -50,7 +57,7 @@ def train(
     **options: Any,
 ) -> Trained:
     """First-step gradients, then `steps` steps. `layout=None` is one device with the same groups."""
-    sizes, rules, micro = LAYOUTS[layout] if layout else ({"data": 1}, "fsdp_tensor", 1)
+    sizes, rules, micro = {**LAYOUTS, **EXPERT_LAYOUTS}[layout] if layout else ({"data": 1}, "fsdp_tensor", 1)
     options = {"rules": rules, **options}
     devices = None if layout else jax.devices()[:1]
     plan = st.plan(
