@@ -206,7 +206,9 @@ class MoE(LanguageModel):
         c = self.config = config
         self.deterministic = False
         self.token_table = normal(rngs, 0.02, vocab=c.vocab, embed=c.embed)
-        self.dense_blocks = stack(lambda r: Block(c, True, r), c.dense_layers, rngs) if c.dense_layers else None
+        self.dense_blocks = (
+            stack(lambda r: Block(c, True, r), c.dense_layers, rngs) if c.dense_layers else None
+        )
         self.blocks = stack(lambda r: Block(c, False, r), c.layers - c.dense_layers, rngs)
         self.final_norm = RMSNorm(c.embed, rngs)
         self.head_kernel = normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
@@ -243,7 +245,9 @@ class MoE(LanguageModel):
         }
         return x_BTD, Auxiliary(loss if learns else jnp.zeros_like(loss), metrics)
 
-    def _run(self, tokens_BT: jax.Array, key: Any, cache: Any, position: Any) -> tuple[jax.Array, Any, Routed]:
+    def _run(
+        self, tokens_BT: jax.Array, key: Any, cache: Any, position: Any
+    ) -> tuple[jax.Array, Any, Routed]:
         options: dict[str, Any] = dict(policy=self.config.remat, position=position)
         keys: Any = (None, None) if key is None else jax.random.split(key)
         dense_cache, cache = (None, None) if cache is None else cache

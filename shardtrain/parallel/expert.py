@@ -42,7 +42,12 @@ def scores_of(logits: jax.Array, score: str) -> jax.Array:
 
 
 def route(
-    logits: jax.Array, k: int, *, score: str = "softmax", bias: jax.Array | None = None, renormalise: bool = True
+    logits: jax.Array,
+    k: int,
+    *,
+    score: str = "softmax",
+    bias: jax.Array | None = None,
+    renormalise: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """The k experts of each token, best first, and their weights. Ties go to the lower index.
 
@@ -198,7 +203,9 @@ def expert_mlp(
     stream = spec_of(x_BTD, "batch", "seq", "embed") if axes else None
     sequence = None if stream is None else stream[1]
 
-    def local(x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> Any:
+    def local(
+        x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
+    ) -> Any:
         if sequence is not None:
             x = jax.lax.all_gather(x, sequence, axis=1, tiled=True)
         # So that the gradient of the tokens is summed over tensor here, not once per choice.
@@ -311,7 +318,9 @@ def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int) 
     begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
     if _has_ragged():
         out = varying(jnp.zeros((height, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
-        return jax.lax.ragged_all_to_all(rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS)
+        return jax.lax.ragged_all_to_all(
+            rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS
+        )
     # Buffers of the largest size there can be, which give the same rows.
     step = jnp.arange(width)
     inside = step < sent[me][:, None]

@@ -218,14 +218,18 @@ class _Walk:
             shape = eqn.invars[other].aval.shape
             contracted = [set(dims) for dims in _contracted(eqn)]
             rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
-            share = weight.tokens / rows if weight.tokens else 1  # of what goes through experts, each token once
+            share = (
+                weight.tokens / rows if weight.tokens else 1
+            )  # of what goes through experts, each token once
             if weight.divided & contracted[side]:
                 self.edges.append(Edge("output", weight.path, times * share * _bytes(eqn.outvars[0]), True))
             elif weight.divided:
                 root = ins[other].root
                 if ins[other].grad and ins[other].weight is None and root not in self._seen:
                     self._seen.add(root)
-                    self.edges.append(Edge("input", weight.path, times * share * _bytes(eqn.invars[other]), False))
+                    self.edges.append(
+                        Edge("input", weight.path, times * share * _bytes(eqn.invars[other]), False)
+                    )
                 if weight.divided & weight.vocab:
                     self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
 
@@ -309,7 +313,9 @@ def _bytes(v: Any) -> float:
 
 def _contracted(eqn: Any) -> Any:
     numbers = eqn.params.get("dimension_numbers")
-    return (eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers if numbers is None else numbers)[0]
+    return (eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers if numbers is None else numbers)[
+        0
+    ]
 
 
 def divided_dims(spec: PartitionSpec, axes: frozenset[str]) -> frozenset[int]:

@@ -10,15 +10,31 @@ import pytest
 from flax import nnx
 
 from shardtrain.errors import ConfigError
-from shardtrain.models import LlamaConfig, MoEConfig, build_model, generate, language_model_loss, llama, moe
-from shardtrain.models import parameter_count
+from shardtrain.models import (
+    LlamaConfig,
+    MoEConfig,
+    build_model,
+    generate,
+    language_model_loss,
+    llama,
+    moe,
+    parameter_count,
+)
 from shardtrain.models.layers.moe import balanced_bias
 
 SIZES = dict(vocab=32, sequence=16, embed=16, layers=3, heads=4, kv_heads=2, experts=4, expert_mlp=24)
 CONFIGS = {
     "mixtral": MoEConfig(**SIZES, capacity=1.0),
     "deepseek": MoEConfig(
-        **SIZES, chosen=3, shared=2, dense_layers=1, mlp=40, score="sigmoid", scale=1.5, capacity=0.0, bias_rate=0.01
+        **SIZES,
+        chosen=3,
+        shared=2,
+        dense_layers=1,
+        mlp=40,
+        score="sigmoid",
+        scale=1.5,
+        capacity=0.0,
+        bias_rate=0.01,
     ),
 }
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 32)
