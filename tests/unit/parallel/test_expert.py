@@ -187,7 +187,7 @@ def permutes_experts(true, x, chosen, weights, gate_up, down, **options):
 @pytest.mark.parametrize("fault", [drops_an_expert, permutes_weights, permutes_experts])
 def test_faults_are_seen(fault):
     """Planted here, each is far from the reference."""
-    x, gate_up, down = values()
+    x, gate_up, down = map(jnp.asarray, values())
     chosen, weights = route(logits("even", 0), K)
     y, _ = fault(expert_mlp, x, chosen, weights, gate_up, down, experts=E, factor=0.0)
     right = reference(x, chosen, weights, gate_up, down, np.ones((T, K), bool))
