@@ -21,15 +21,15 @@ from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.sharding import context
-from shardtrain.sharding.constrain import spec_of
-from shardtrain.sharding.rules import spec_axes
+from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
 
 AXIS = "expert"
 SENT = "sent to experts"  # marks what an exchange sends, in traces on shapes (see `plan/traffic.py`)
 OF_EXPERTS = "experts of "  # and the kernels, followed by the number of tokens that they serve
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(rows [..., in], kernels [experts, in, *out]) -> [..., *out]`: each row times the kernel of its expert."""
+"""`(rows [parts, ..., in], kernels [parts, experts, in, out]) -> [parts, ..., out]`: each row times the kernel of its
+expert. `parts`: of the columns, over tensor."""
 
 
 # --- routing ------------------------------------------------------------------------------------------
@@ -132,25 +132,26 @@ def places(chosen: jax.Array, experts: int, most: int) -> Places:
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """`rows[index]`; zero beyond the end."""
-    return rows.at[index].get(mode="fill", fill_value=0)
+    """Of rows [parts, n, ...] those of an index; zero beyond the end."""
+    return rows.at[:, index].get(mode="fill", fill_value=0)
 
 
 def _add_up(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """[n, ...]: the sum over j of `rows[index[:, j]]`, in float32."""
-    return _take(rows, index).astype(jnp.float32).sum(1).astype(rows.dtype)
+    """[parts, n, ...]: the sum over j of `rows[:, index[:, j]]`, in float32."""
+    return _take(rows, index).astype(jnp.float32).sum(2).astype(rows.dtype)
 
 
 # Each is the other's transpose, so neither direction adds up by scatter.
 @jax.custom_vjp
 def spread(rows: jax.Array, taken: jax.Array, given: jax.Array) -> jax.Array:
-    """`rows[taken]`: [n, ...] -> [m, ...], zero where `taken` is n. `given`: [n, k], the places that a row has (m: none)."""
+    """`rows[:, taken]`: [parts, n, ...] -> [parts, m, ...], zero where `taken` is n. `given`: [n, k], the places that a
+    row has (m: none)."""
     return _take(rows, taken)
 
 
 @jax.custom_vjp
 def collect(rows: jax.Array, taken: jax.Array, given: jax.Array) -> jax.Array:
-    """[m, ...] -> [n, ...]: the sum of what `spread` made of each row."""
+    """[parts, m, ...] -> [parts, n, ...]: the sum of what `spread` made of each row."""
     return _add_up(rows, given)
 
 
@@ -198,138 +199,195 @@ def expert_mlp(
     if layout is not None and layout.mesh is None:
         mark = f"{OF_EXPERTS}{x_BTD.shape[0] * x_BTD.shape[1]}"
         gate_up, down = checkpoint_name(gate_up, mark), checkpoint_name(down, mark)
-    up_spec, down_spec = spec_of(gate_up, "mlp"), spec_of(down, "mlp", None)
-    axes = () if up_spec is None else tuple(sorted(spec_axes(up_spec)))
-    stream = spec_of(x_BTD, "batch", "seq", "embed") if axes else None
-    sequence = None if stream is None else stream[1]
+    spec = spec_of(down, "mlp", None)
+    tensor = _Parts(spec[1]) if spec is not None and spec[1] else _Parts(())
+    held, embed, _, columns = gate_up.shape
+    cut = (tensor.count, columns // tensor.count)
+    gate_up = gate_up.reshape(held, embed, 2, *cut).transpose(3, 0, 1, 2, 4).reshape(cut[0], held, embed, -1)
+    down = down.reshape(held, *cut, embed).transpose(1, 0, 2, 3)
 
-    def local(
-        x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
-    ) -> Any:
-        if sequence is not None:
-            x = jax.lax.all_gather(x, sequence, axis=1, tiled=True)
-        # So that the gradient of the tokens is summed over tensor here, not once per choice.
-        x, weights = varying((x, weights), axes)
-        flat = x.reshape(-1, x.shape[-1])
+    def apply(rows: jax.Array, product: Product) -> jax.Array:
+        both = checkpoint_name(product(rows, tensor.divided(gate_up)), "mlp_up")
+        gate, up = jnp.split(both, 2, -1)
+        return product(jax.nn.silu(gate) * up, tensor.divided(down))
 
-        def apply(rows: jax.Array, product: Product) -> jax.Array:
-            both = checkpoint_name(product(rows, gate_up), "mlp_up")
-            return product(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], down)
+    flat = enter_block(x_BTD).reshape(-1, embed)
+    y, dropped = _exchanged(apply, tensor, flat, chosen, weights, experts, experts // held, factor)
+    return leave_block(y.reshape(x_BTD.shape)), dropped
 
-        y, dropped = _exchanged(apply, flat, chosen, weights, experts, down.shape[0], factor)
-        y = y.reshape(x.shape)
-        if sequence is not None:
-            y = jax.lax.psum_scatter(y, sequence, scatter_dimension=1, tiled=True)
-        elif axes:
-            y = jax.lax.psum(y, axes)
-        return y, dropped
 
-    if not axes:
-        return local(x_BTD, chosen, weights, gate_up, down)
-    whole, rows = PartitionSpec(), PartitionSpec(None, sequence)
-    assert layout is not None
-    return jax.shard_map(
-        local,
-        mesh=None if layout.manual else layout.mesh,
-        in_specs=(rows, whole, whole, up_spec, down_spec),
-        out_specs=(rows, whole),
-        axis_names=set(axes),
-    )(x_BTD, chosen, weights, gate_up, down)
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The parts that columns of experts have over automatic mesh axes, as a dim of their own, the first one.
+
+    A sum over it is the sum over the devices, and is taken where we say: after tokens have come back.
+    """
+
+    axes: tuple[str, ...] | str
+
+    @property
+    def count(self) -> int:
+        layout = context.current()
+        if not self.axes or layout is None or layout.mesh is None:
+            return 1
+        return math.prod(
+            layout.mesh.shape[a] for a in ((self.axes,) if isinstance(self.axes, str) else self.axes)
+        )
+
+    def divided(self, x: jax.Array) -> jax.Array:
+        """`x` with its first dim over the axes."""
+        if not self.axes:
+            return x
+        return place(
+            x, PartitionSpec(self.axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)), context.current()
+        )
+
+    def each(self, x: jax.Array) -> jax.Array:
+        """`x` for every part; the gradient is summed over them."""
+        return self.divided(jnp.broadcast_to(x, (self.count, *x.shape)))
+
+    def locally(self, function: Callable[..., Any], *arguments: Any, whole: int = 0) -> Any:
+        """`function` on what one device holds of the arguments; the last `whole` of them have no parts."""
+        if not self.axes:
+            return function(*arguments)
+        layout = context.current()
+        assert layout is not None
+        parts = PartitionSpec(self.axes)
+        return jax.shard_map(
+            function,
+            mesh=None if layout.manual else layout.mesh,
+            in_specs=(*[parts] * (len(arguments) - whole), *[PartitionSpec()] * whole),
+            out_specs=parts,
+            axis_names={self.axes} if isinstance(self.axes, str) else set(self.axes),
+        )(*arguments)
 
 
 def _exchanged(
     apply: Callable[[jax.Array, Product], jax.Array],
+    tensor: _Parts,
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
     experts: int,
-    held: int,
+    n: int,
     factor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """[T, D] -> [T, D]: `apply` on the rows of the `held` experts that this device has."""
-    (tokens, k), n = chosen.shape, experts // held
+    """[T, D] -> [T, D]: `apply` on the rows of the experts that this device, one of n, has."""
+    tokens, k = chosen.shape
     assert n == 1 or jax.lax.axis_size(AXIS) == n, "the experts of a device are its part of the expert axis"
     most = capacity(tokens, k, experts, factor) if factor else 0
     to = places(chosen, experts, most)
     token = to.choice // k  # T where there is no choice
-    rows = spread(x, token, to.place)
+    rows = spread(tensor.each(x), token, to.place)
     layout = context.current()
     if layout is not None and layout.mesh is None:
         rows = checkpoint_name(rows, SENT)
     if most:
-        rows = _with_capacity(apply, rows.reshape(experts, most, -1), n).reshape(rows.shape)
+        by_expert = rows.reshape(-1, experts, most, rows.shape[-1])
+        rows = _with_capacity(apply, tensor, by_expert, n).reshape(rows.shape)
         dropped = jnp.maximum(to.sizes - most, 0).sum()
     else:
-        rows = _without_drops(apply, rows, to.sizes, n, width=tokens * min(k, held))
+        rows = _without_drops(apply, tensor, rows, to.sizes, n, width=tokens * min(k, experts // n))
         dropped = jnp.zeros_like(to.sizes).sum()
-    by_place = spread(weights.reshape(-1, 1), to.choice, to.place.reshape(-1, 1))
+    by_place = spread(tensor.each(weights.reshape(-1, 1)), to.choice, to.place.reshape(-1, 1))
     weighted = (rows.astype(jnp.float32) * by_place).astype(rows.dtype)
-    return collect(weighted, token, to.place), dropped
+    return collect(weighted, token, to.place).sum(0), dropped
 
 
-def _with_capacity(apply: Callable[[jax.Array, Product], jax.Array], rows: jax.Array, n: int) -> jax.Array:
-    """[experts, places, D] -> the same; every expert has the same number of places."""
+def _with_capacity(
+    apply: Callable[[jax.Array, Product], jax.Array], tensor: _Parts, rows: jax.Array, n: int
+) -> jax.Array:
+    """[parts, experts, places, D] -> the same; every expert has the same number of places."""
 
     def product(rows: jax.Array, kernels: jax.Array) -> jax.Array:
-        return jnp.einsum("ecd,ed...->ec...", rows, kernels)
+        return jnp.einsum("pecd,pedf->pecf", rows, kernels)
 
     if n == 1:
         return apply(rows, product)
     # [experts, places, D] <-> [experts held, n * places, D]
-    there = dict(axis_name=AXIS, split_axis=0, concat_axis=1, tiled=True)
-    back = dict(axis_name=AXIS, split_axis=1, concat_axis=0, tiled=True)
-    rows = checkpoint_name(jax.lax.all_to_all(rows, **there), REDUCED)
-    return checkpoint_name(jax.lax.all_to_all(apply(rows, product), **back), REDUCED)
+    there = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=1, concat_axis=2, tiled=True)
+    back = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=2, concat_axis=1, tiled=True)
+    rows = checkpoint_name(tensor.locally(there, rows), REDUCED)
+    return checkpoint_name(tensor.locally(back, apply(rows, product)), REDUCED)
 
 
 def _without_drops(
-    apply: Callable[[jax.Array, Product], jax.Array], rows: jax.Array, sizes: jax.Array, n: int, width: int
+    apply: Callable[[jax.Array, Product], jax.Array],
+    tensor: _Parts,
+    rows: jax.Array,
+    sizes: jax.Array,
+    n: int,
+    width: int,
 ) -> jax.Array:
-    """[choices, D] in the order of their experts -> the same. `sizes`: [E]. `width`: the most that one device can send
-    another."""
+    """[parts, choices, D] in the order of their experts -> the same. `sizes`: [E]. `width`: the most that one device can
+    send another."""
     if n == 1:
-        return apply(rows, functools.partial(_ragged_product, sizes))
-    height, held = rows.shape[0], sizes.size // n
+        return apply(rows, lambda rows, kernels: _ragged_product(rows, kernels, sizes, tensor))
+    height, held = rows.shape[1], sizes.size // n
     every = checkpoint_name(jax.lax.all_gather(sizes, AXIS), REDUCED).reshape(n, n, held)
     sent = every.sum(-1)
-    rows = checkpoint_name(_ragged_exchange(rows, sent, width, n * width), REDUCED)
+    rows = checkpoint_name(_ragged_exchange(rows, sent, width, n * width, tensor), REDUCED)
     # They come in the order (sender, expert) and are wanted in the order of the experts.
     mine = every[:, jax.lax.axis_index(AXIS)]
     piece = jnp.searchsorted(jnp.cumsum(mine.reshape(-1)), jnp.arange(n * width), side="right")
     order = jnp.argsort(jnp.where(piece < n * held, piece % held, held), stable=True)
     inverse = jnp.argsort(order)
-    rows = apply(spread(rows, order, inverse[:, None]), functools.partial(_ragged_product, mine.sum(0)))
+    rows = spread(rows, order, inverse[:, None])
+    rows = apply(rows, lambda rows, kernels: _ragged_product(rows, kernels, mine.sum(0), tensor))
     rows = spread(rows, inverse, order[:, None])
-    return checkpoint_name(_ragged_exchange(rows, sent.T, width, height), REDUCED)
+    return checkpoint_name(_ragged_exchange(rows, sent.T, width, height, tensor), REDUCED)
 
 
-def _ragged_product(sizes: jax.Array, rows: jax.Array, kernels: jax.Array) -> jax.Array:
-    flat = kernels.reshape(*kernels.shape[:2], -1)
-    return jax.lax.ragged_dot(rows, flat, sizes).reshape(rows.shape[0], *kernels.shape[2:])
+def _ragged_dot(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(rows[0], kernels[0], sizes)[None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Array:
-    """Rows for device 0, then for device 1, ... -> rows from device 0, then from device 1, ..., [height, D].
+# The local regions are inside the rule: differentiated from outside they would hand out residuals that vary over the
+# axes around them too, which nested regions cannot say.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ragged_product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, tensor: _Parts) -> jax.Array:
+    """[parts, rows, in] in the order of their experts, times [parts, experts, in, out]."""
+    return tensor.locally(_ragged_dot, rows, kernels, sizes, whole=1)
+
+
+def _ragged_product_backward(tensor: _Parts, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    rows, kernels, sizes = saved
+
+    def local(rows: jax.Array, kernels: jax.Array, gradient: jax.Array, sizes: jax.Array) -> Any:
+        return jax.vjp(lambda r, k: _ragged_dot(r, k, sizes), rows, kernels)[1](gradient)
+
+    return *tensor.locally(local, rows, kernels, gradient, sizes, whole=1), None
+
+
+_ragged_product.defvjp(
+    lambda rows, kernels, sizes, tensor: (
+        _ragged_product(rows, kernels, sizes, tensor),
+        (rows, kernels, sizes),
+    ),
+    _ragged_product_backward,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int, tensor: _Parts) -> jax.Array:
+    """Rows for device 0, then for device 1, ... -> rows from device 0, then from device 1, ..., [parts, height, D].
 
     `sent`: [n, n], the same on every device: how many rows go from one to the other, at most `width`.
     """
-    me = jax.lax.axis_index(AXIS)
-    begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
-    if _has_ragged():
-        out = varying(jnp.zeros((height, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
-        return jax.lax.ragged_all_to_all(
-            rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS
-        )
-    # Buffers of the largest size there can be, which give the same rows.
-    step = jnp.arange(width)
-    inside = step < sent[me][:, None]
-    padded = _take(rows, jnp.where(inside, begin[me][:, None] + step, rows.shape[0]))
-    padded = jax.lax.all_to_all(padded, AXIS, 0, 0, tiled=True).reshape(-1, rows.shape[1])
-    row, ends = jnp.arange(height), jnp.cumsum(sent[:, me])
-    sender = jnp.searchsorted(ends, row, side="right")
-    there = sender * width + row - land[jnp.minimum(sender, len(sent) - 1), me]
-    return _take(padded, jnp.where(row < ends[-1], there, padded.shape[0]))
+    local = _ragged if _has_ragged() else _padded
+    return tensor.locally(lambda rows, sent: local(rows[0], sent, width, height)[None], rows, sent, whole=1)
+
+
+_ragged_exchange.defvjp(
+    lambda rows, sent, width, height, tensor: (
+        _ragged_exchange(rows, sent, width, height, tensor),
+        (sent, jnp.zeros((rows.shape[1], 0))),
+    ),
+    lambda width, height, tensor, saved, g: (
+        _ragged_exchange(g, saved[0].T, width, saved[1].shape[0], tensor),
+        None,
+    ),
+)
 
 
 def _has_ragged() -> bool:
@@ -339,10 +397,22 @@ def _has_ragged() -> bool:
     return device.platform != "cpu"
 
 
-_ragged_exchange.defvjp(
-    lambda rows, sent, width, height: (
-        _ragged_exchange(rows, sent, width, height),
-        (sent, jnp.zeros((rows.shape[0], 0))),
-    ),
-    lambda width, height, saved, g: (_ragged_exchange(g, saved[0].T, width, saved[1].shape[0]), None),
-)
+def _ragged(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Array:
+    me = jax.lax.axis_index(AXIS)
+    begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
+    out = varying(jnp.zeros((height, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
+    return jax.lax.ragged_all_to_all(rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS)
+
+
+def _padded(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Array:
+    """The same rows by an all-to-all of buffers of the largest size there can be."""
+    me, step, row = jax.lax.axis_index(AXIS), jnp.arange(width), jnp.arange(height)
+    begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
+    inside = step < sent[me][:, None]
+    index = jnp.where(inside, begin[me][:, None] + step, rows.shape[0])
+    buffers = jax.lax.all_to_all(_take(rows[None], index)[0], AXIS, 0, 0, tiled=True)
+    buffers = buffers.reshape(-1, rows.shape[1])
+    ends = jnp.cumsum(sent[:, me])
+    sender = jnp.searchsorted(ends, row, side="right")
+    there = sender * width + row - land[jnp.minimum(sender, len(sent) - 1), me]
+    return _take(buffers[None], jnp.where(row < ends[-1], there, buffers.shape[0]))[0]

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.models.layers.dense import normal
 from shardtrain.models.layers.mlp import GatedMlp
@@ -95,7 +96,7 @@ class ExpertMlp(nnx.Module):
             experts=self.experts,
             factor=self.capacity if drop else 0.0,
         )
-        y = constrain(jax.ad_checkpoint.checkpoint_name(y, REDUCED), "batch", "seq", "embed")
+        y = checkpoint_name(y, REDUCED)
         told = Routed(
             balance_loss(scores_of(logits, self.score), chosen),
             router_z_loss(logits),
