@@ -1,7 +1,6 @@
 """Mixture of experts: tokens go to the devices that hold their experts, over the mesh axis `expert`, and come back.
 
-Everything here is a function of one group, the rows that one call of the loss sees: who is chosen, who is dropped, the
-balance. The exchange only says where the products are made, so any mesh gives what one device gives.
+The exchange only says where the products are made: any mesh gives what one device gives.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from jax.sharding import PartitionSpec
 from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.remat import REDUCED
+from shardtrain.parallel.routing import capacity, places
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
 
@@ -30,105 +30,6 @@ OF_EXPERTS = "experts of "  # and the kernels, followed by the number of tokens 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 """`(rows [parts, ..., in], kernels [parts, experts, in, out]) -> [parts, ..., out]`: each row times the kernel of its
 expert. `parts`: of the columns, over tensor."""
-
-
-# --- routing ------------------------------------------------------------------------------------------
-
-
-def scores_of(logits: jax.Array, score: str) -> jax.Array:
-    """Float32 scores [T, E] of router logits: `softmax` over the experts, or `sigmoid` of each."""
-    logits = logits.astype(jnp.float32)
-    return jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
-
-
-def route(
-    logits: jax.Array,
-    k: int,
-    *,
-    score: str = "softmax",
-    bias: jax.Array | None = None,
-    renormalise: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """The k experts of each token, best first, and their weights. Ties go to the lower index.
-
-    Args:
-        logits: [T, E]. score: `softmax` (Mixtral) or `sigmoid` (DeepSeek-V3).
-        bias: [E], added to the scores for the selection alone; weights and gradients do not see it.
-        renormalise: weights of a token add up to one.
-
-    Returns:
-        Experts int32 [T, k], different ones for each token; weights float32 [T, k].
-
-    Source: Jiang et al., Mixtral (arXiv 2401.04088); DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
-    """
-    scores = scores_of(logits, score)
-    wanted = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    # Saved under every remat policy: a tie that a second run decides otherwise would not fit what was sent.
-    chosen = checkpoint_name(jax.lax.top_k(wanted, k)[1].astype(jnp.int32), REDUCED)
-    weights = jnp.take_along_axis(scores, chosen, -1)
-    return chosen, weights / weights.sum(-1, keepdims=True) if renormalise else weights
-
-
-def load(chosen: jax.Array, experts: int) -> jax.Array:
-    """How often each expert was chosen, int32 [E]."""
-    return (chosen[..., None] == jnp.arange(experts)).sum((0, 1), dtype=jnp.int32)
-
-
-def balance_loss(scores: jax.Array, chosen: jax.Array) -> jax.Array:
-    """E * sum over experts of (share of the choices) * (mean share of the scores): 1 where all are alike.
-
-    Source: Fedus et al., Switch Transformers (arXiv 2101.03961), section 2.2, with choices counted over all k.
-    """
-    experts = scores.shape[-1]
-    share = load(chosen, experts) / chosen.size
-    return experts * (share * (scores / scores.sum(-1, keepdims=True)).mean(0)).sum()
-
-
-def router_z_loss(logits: jax.Array) -> jax.Array:
-    """Mean over tokens of logsumexp(logits)^2: keeps logits small. Source: Zoph et al., ST-MoE (arXiv 2202.08906)."""
-    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), -1)).mean()
-
-
-def capacity(tokens: int, k: int, experts: int, factor: float) -> int:
-    """Places of one expert for the tokens of one group: ceil(T * k / E * factor), never more than T."""
-    return min(tokens, math.ceil(tokens * k / experts * factor))
-
-
-# --- places -------------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where choices go. `choice`: [places], the number of the choice that takes a place (t*k + j for choice j of token t),
-    T*k where none does. `place`: [T, k], of each choice; as many as there are places where it is dropped. `sizes`: [E],
-    choices of each expert, dropped ones too.
-    """
-
-    choice: jax.Array
-    place: jax.Array
-    sizes: jax.Array
-
-
-def places(chosen: jax.Array, experts: int, most: int) -> Places:
-    """Places by expert, and within one in the order of the tokens, a token's first choice before its second. So what a
-    token gets does not depend on later ones. By sorting; no mask of tokens x experts x places.
-
-    Args:
-        chosen: [T, k]. most: places of each expert, which keeps as many choices (the place of its r-th is `e*most + r`);
-            0: as many as it was chosen, one expert right after the other, T*k in all.
-    """
-    flat, sizes = chosen.reshape(-1), load(chosen, experts)
-    order = jnp.argsort(flat, stable=True)
-    place = jnp.argsort(order)
-    if not most:
-        return Places(order, place.reshape(chosen.shape), sizes)
-    starts = jnp.cumsum(sizes) - sizes
-    rank, here = place - starts[flat], jnp.arange(most)
-    place = jnp.where(rank < most, flat * most + rank, experts * most)
-    taken = order.at[starts[:, None] + here].get(mode="fill", fill_value=flat.size)
-    choice = jnp.where(here < sizes[:, None], taken, flat.size)
-    return Places(choice.reshape(-1), place.reshape(chosen.shape), sizes)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -157,9 +58,6 @@ def collect(rows: jax.Array, taken: jax.Array, given: jax.Array) -> jax.Array:
 
 spread.defvjp(lambda x, t, g: (_take(x, t), (t, g)), lambda tg, y: (_add_up(y, tg[1]), None, None))
 collect.defvjp(lambda x, t, g: (_add_up(x, g), (t, g)), lambda tg, y: (_take(y, tg[0]), None, None))
-
-
-# --- the exchange -------------------------------------------------------------------------------------
 
 
 def expert_mlp(

@@ -8,7 +8,7 @@ import pytest
 
 import shardtrain as st
 from shardtrain.models import MoEConfig, build_model, language_model_loss
-from shardtrain.parallel.expert import capacity
+from shardtrain.parallel.routing import capacity
 from shardtrain.plan.minimum import minimum
 
 ROWS, LENGTH, LAYERS, D, E, K = 32, 32, 3, 64, 8, 2

@@ -11,8 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.models.layers.dense import normal
 from shardtrain.models.layers.mlp import GatedMlp
-from shardtrain.parallel.expert import balance_loss, expert_mlp, load, route, router_z_loss, scores_of
+from shardtrain.parallel.expert import expert_mlp
 from shardtrain.parallel.remat import REDUCED
+from shardtrain.parallel.routing import balance_loss, load, route, router_z_loss, scores_of
 from shardtrain.sharding import constrain
 
 
@@ -43,8 +44,8 @@ class ExpertMlp(nnx.Module):
     Args:
         embed, mlp: sizes of one expert; `shared`: columns of the MLP that every token takes, 0 for none.
         experts, chosen: how many there are, how many a token takes.
-        score, renormalise: see `parallel.expert.route`. scale: of the routed part.
-        capacity: factor, see `parallel.expert.capacity`; 0: no choice is dropped.
+        score, renormalise: see `parallel.routing.route`. scale: of the routed part.
+        capacity: factor, see `parallel.routing.capacity`; 0: no choice is dropped.
         biased: the selection is balanced by a bias.
     """
 

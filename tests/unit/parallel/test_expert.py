@@ -9,16 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.parallel import expert
-from shardtrain.parallel.expert import (
-    AXIS,
-    balance_loss,
-    capacity,
-    expert_mlp,
-    load,
-    places,
-    route,
-    scores_of,
-)
+from shardtrain.parallel.expert import AXIS, expert_mlp
+from shardtrain.parallel.routing import balance_loss, capacity, load, places, route, scores_of
 
 ROWS, LENGTH, D, F, E, K = 2, 24, 8, 12, 8, 3
 T = ROWS * LENGTH
