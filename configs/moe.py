@@ -2,7 +2,7 @@
 
     shardtrain train configs/moe.py:tiny
 
-trains 1.4 M parameters, of which a token meets 0.7 M, on the King James Bible on eight simulated devices, data, expert
+trains 1.9 M parameters, of which a token meets 0.7 M, on the King James Bible on eight simulated devices, data, expert
 and tensor parallel at once.
 """
 

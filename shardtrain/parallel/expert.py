@@ -28,7 +28,7 @@ SENT = "sent to experts"  # marks what an exchange sends, in traces on shapes (s
 OF_EXPERTS = "experts of "  # and the kernels, followed by the number of tokens that they serve
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(rows [parts, ..., in], kernels [parts, experts, in, out]) -> [parts, ..., out]`: each row times the kernel of its
+"""`(rows [parts, ..., in], kernels [parts, experts, in, *out]) -> [parts, ..., *out]`: each row times the kernel of its
 expert. `parts`: of the columns, over tensor."""
 
 
@@ -101,13 +101,12 @@ def expert_mlp(
     tensor = _Parts(spec[1]) if spec is not None and spec[1] else _Parts(())
     held, embed, _, columns = gate_up.shape
     cut = (tensor.count, columns // tensor.count)
-    gate_up = gate_up.reshape(held, embed, 2, *cut).transpose(3, 0, 1, 2, 4).reshape(cut[0], held, embed, -1)
+    gate_up = gate_up.reshape(held, embed, 2, *cut).transpose(3, 0, 1, 2, 4)
     down = down.reshape(held, *cut, embed).transpose(1, 0, 2, 3)
 
     def apply(rows: jax.Array, product: Product) -> jax.Array:
         both = checkpoint_name(product(rows, tensor.divided(gate_up)), "mlp_up")
-        gate, up = jnp.split(both, 2, -1)
-        return product(jax.nn.silu(gate) * up, tensor.divided(down))
+        return product(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], tensor.divided(down))
 
     flat = enter_block(x_BTD).reshape(-1, embed)
     y, dropped = _exchanged(apply, tensor, flat, chosen, weights, experts, experts // held, factor)
@@ -198,7 +197,7 @@ def _with_capacity(
     """[parts, experts, places, D] -> the same; every expert has the same number of places."""
 
     def product(rows: jax.Array, kernels: jax.Array) -> jax.Array:
-        return jnp.einsum("pecd,pedf->pecf", rows, kernels)
+        return jnp.einsum("pecd,ped...->pec...", rows, kernels)
 
     if n == 1:
         return apply(rows, product)
@@ -237,14 +236,15 @@ def _without_drops(
 
 
 def _ragged_dot(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(rows[0], kernels[0], sizes)[None]
+    flat = kernels.reshape(*kernels.shape[1:3], -1)
+    return jax.lax.ragged_dot(rows[0], flat, sizes).reshape(1, rows.shape[1], *kernels.shape[3:])
 
 
 # The local regions are inside the rule: differentiated from outside they would hand out residuals that vary over the
 # axes around them too, which nested regions cannot say.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _ragged_product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, tensor: _Parts) -> jax.Array:
-    """[parts, rows, in] in the order of their experts, times [parts, experts, in, out]."""
+    """[parts, rows, in] in the order of their experts, times [parts, experts, in, *out]."""
     return tensor.locally(_ragged_dot, rows, kernels, sizes, whole=1)
 
 
