@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -253,6 +254,12 @@ def dispatch(leaves: int, devices: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def told(measured: dict[str, Any]) -> dict[str, Any]:
+    """A long run says on stderr how far it is."""
+    print(json.dumps(measured), file=sys.stderr, flush=True)
+    return measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
@@ -280,10 +287,10 @@ def main() -> None:
             "sequence": SEQUENCE,
         },
         "formula": "step: median over rounds of ours/bare; dispatch: minimum over rounds of ours / of the other",
-        "dispatch": [dispatch(n, d, 3 * rounds) for n in (10, 100, 1000) for d in (1, 8)]
+        "dispatch": [told(dispatch(n, d, 3 * rounds)) for n in (10, 100, 1000) for d in (1, 8)]
         if "dispatch" in parts
         else [],
-        "step": [steps(sizes, rounds) for sizes in meshes] if "step" in parts else [],
+        "step": [told(steps(sizes, rounds)) for sizes in meshes] if "step" in parts else [],
     }
     print(json.dumps(result, indent=1))
 

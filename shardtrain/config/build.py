@@ -21,7 +21,8 @@ from shardtrain.errors import ConfigError
 from shardtrain.mesh import AnyMesh, Target, make_mesh
 from shardtrain.models import build_model, language_model_loss
 from shardtrain.parallel.presets import PRESETS
-from shardtrain.plan.plan import Plan, plan
+from shardtrain.plan.make import plan
+from shardtrain.plan.plan import Plan
 from shardtrain.tree import path_name
 
 

@@ -17,6 +17,7 @@ from shardtrain.models.layers.mlp import Mlp
 from shardtrain.models.layers.norm import LayerNorm
 from shardtrain.models.layers.stack import scan_blocks, stack
 from shardtrain.parallel.lookup import lookup
+from shardtrain.parallel.sequence import own, parts
 from shardtrain.sharding import constrain
 from shardtrain.sharding.constrain import join_stream
 
@@ -88,9 +89,12 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         keys: Any = (None, None) if key is None else jax.random.split(key)
-        mixed, cache = self.attention(self.attention_norm(x_BTD), cache=cache, position=position)
+        mixed, cache = self.attention(
+            self.attention_norm(x_BTD), cache=cache, position=position, segments=segments
+        )
         x_BTD = x_BTD + self.dropout(mixed, keys[0])
         x_BTD = x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)), keys[1])
         return constrain(x_BTD, "batch", "seq", "embed"), cache
@@ -115,8 +119,9 @@ class GPT(LanguageModel):
         key: jax.Array | None = None,
         cache: Any = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        length = tokens_BT.shape[1]
+        length = tokens_BT.shape[1] * parts()
         if length > self.config.sequence:
             raise ConfigError(
                 f"{length} tokens, the position table has {self.config.sequence}",
@@ -124,7 +129,7 @@ class GPT(LanguageModel):
                 fix="a shorter sequence, or a model with a larger one",
             )
         keys: Any = (None, None) if key is None else jax.random.split(key)
-        here = jax.lax.dynamic_slice_in_dim(self.position_table[...], position, length)
+        here = own(jax.lax.dynamic_slice_in_dim(self.position_table[...], position, length))
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
         x_BTD = constrain(x_BTD + join_stream(here), "batch", "seq", "embed")
         x_BTD = self.dropout(x_BTD, keys[0])
@@ -136,6 +141,7 @@ class GPT(LanguageModel):
             key=keys[1],
             cache=cache,
             position=position,
+            segments=segments,
         )
         return self.final_norm(x_BTD), cache
 

@@ -45,6 +45,7 @@ class LanguageModel(nnx.Module):
         key: jax.Array | None = None,
         cache: Any = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Hidden states and the cache, with these tokens added to it at `position`."""
 
@@ -56,15 +57,17 @@ class LanguageModel(nnx.Module):
         """Logits [B, T, V] in float32."""
         return self.logits(self.hidden(tokens_BT, key=key))
 
-    def hidden(self, tokens_BT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
         """Normalised hidden states [B, T, D] after the last block."""
-        return self.forward(tokens_BT, key=key)[0]
+        return self.forward(tokens_BT, key=key, segments=segments)[0]
 
     def hidden_and_auxiliary(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
     ) -> tuple[jax.Array, Auxiliary | None]:
         """As `hidden`, and what the model adds to the loss; None: nothing."""
-        return self.hidden(tokens_BT, key=key), None
+        return self.hidden(tokens_BT, key=key, segments=segments), None
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
@@ -88,14 +91,15 @@ def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rn
     groups like the rest; the metric `ce` is then the cross-entropy alone.
 
     Args:
-        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T].
+        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents
+            are packed that must not see each other.
         rngs: of this group, for dropout; None for none.
 
     Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says.
     """
     dropout = rngs is not None and model.config.dropout > 0
     key = rngs.dropout() if dropout else None  # type: ignore[union-attr]
-    x_BTD, auxiliary = model.hidden_and_auxiliary(batch["tokens"], key=key)
+    x_BTD, auxiliary = model.hidden_and_auxiliary(batch["tokens"], key=key, segments=batch.get("segments"))
     x_BTD = enter_block(x_BTD)
     total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
     weight = batch["weights"].sum()

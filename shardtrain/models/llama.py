@@ -92,9 +92,12 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         keys: Any = (None, None) if key is None else jax.random.split(key)
-        mixed, cache = self.attention(self.attention_norm(x_BTD), cache=cache, position=position)
+        mixed, cache = self.attention(
+            self.attention_norm(x_BTD), cache=cache, position=position, segments=segments
+        )
         x_BTD = x_BTD + self.dropout(mixed, keys[0])
         x_BTD = x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)), keys[1])
         return constrain(x_BTD, "batch", "seq", "embed"), cache
@@ -117,6 +120,7 @@ class Llama(LanguageModel):
         key: jax.Array | None = None,
         cache: Any = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
         x_BTD = constrain(x_BTD, "batch", "seq", "embed")
@@ -128,6 +132,7 @@ class Llama(LanguageModel):
             key=key,
             cache=cache,
             position=position,
+            segments=segments,
         )
         return self.final_norm(x_BTD), cache
 

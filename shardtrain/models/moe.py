@@ -187,9 +187,12 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache | None, Routed | None]]:
         keys: Any = (None, None) if key is None else jax.random.split(key)
-        mixed, cache = self.attention(self.attention_norm(x_BTD), cache=cache, position=position)
+        mixed, cache = self.attention(
+            self.attention_norm(x_BTD), cache=cache, position=position, segments=segments
+        )
         x_BTD = x_BTD + self.dropout(mixed, keys[0])
         normed = self.mlp_norm(x_BTD)
         # Text that is generated goes token by token: a capacity would make it depend on what is next to it.
@@ -220,12 +223,13 @@ class MoE(LanguageModel):
         key: jax.Array | None = None,
         cache: Any = None,
         position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        x_BTD, cache, _ = self._run(tokens_BT, key, cache, position)
+        x_BTD, cache, _ = self._run(tokens_BT, key, segments, cache, position)
         return x_BTD, cache
 
     def hidden_and_auxiliary(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
     ) -> tuple[jax.Array, Auxiliary]:
         """Hidden states, and balance and router z loss of this group. In training the routers' biases take a step.
 
@@ -234,7 +238,7 @@ class MoE(LanguageModel):
         c, mlp, learns = self.config, self.blocks.mlp, not self.deterministic
         if learns and mlp.bias is not None:
             mlp.bias.set_value(balanced_bias(mlp.bias[...], mlp.load[...], c.bias_rate))
-        x_BTD, _, told = self._run(tokens_BT, key, None, 0)
+        x_BTD, _, told = self._run(tokens_BT, key, segments, None, 0)
         if learns and mlp.load is not None:
             mlp.load.set_value(told.load)
         loss = c.balance * told.balance.sum() + c.router_z * told.router_z.sum()
@@ -246,9 +250,9 @@ class MoE(LanguageModel):
         return x_BTD, Auxiliary(loss if learns else jnp.zeros_like(loss), metrics)
 
     def _run(
-        self, tokens_BT: jax.Array, key: Any, cache: Any, position: Any
+        self, tokens_BT: jax.Array, key: Any, segments: Any, cache: Any, position: Any
     ) -> tuple[jax.Array, Any, Routed]:
-        options: dict[str, Any] = dict(policy=self.config.remat, position=position)
+        options: dict[str, Any] = dict(policy=self.config.remat, position=position, segments=segments)
         keys: Any = (None, None) if key is None else jax.random.split(key)
         dense_cache, cache = (None, None) if cache is None else cache
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from shardtrain.errors import ShardingError
 from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.remat import REDUCED
@@ -85,6 +86,9 @@ def expert_mlp(
     Returns:
         [B, T, D], and the number of choices that were dropped, int32.
 
+    Raises:
+        ShardingError: a capacity where a mesh axis divides the sequence: who comes first would go by the device.
+
     Communicates: over expert, with f = (n-1)/n: an all-to-all of the token vectors to the experts and one back, and both
     again for the gradients: 4f*S*D, for S = E * capacity places or, without drops, the B*T*k choices themselves. Without
     drops also an all-gather of E counts, and on CPU, which has no ragged all-to-all, S = n * B*T * min(k, E/n).
@@ -94,6 +98,8 @@ def expert_mlp(
     Held by tests/unit/parallel/test_expert.py and tests/comms/test_experts.py.
     """
     layout = context.current()
+    if layout is not None and factor:
+        _check_whole(layout)
     if layout is not None and layout.mesh is None:
         mark = f"{OF_EXPERTS}{x_BTD.shape[0] * x_BTD.shape[1]}"
         gate_up, down = checkpoint_name(gate_up, mark), checkpoint_name(down, mark)
@@ -111,6 +117,18 @@ def expert_mlp(
     flat = enter_block(x_BTD).reshape(-1, embed)
     y, dropped = _exchanged(apply, tensor, flat, chosen, weights, experts, experts // held, factor)
     return leave_block(y.reshape(x_BTD.shape)), dropped
+
+
+def _check_whole(layout: context.Layout) -> None:
+    sizes: Any = layout.sizes if layout.mesh is None else layout.mesh.shape
+    for axis in layout.activations.get("seq_block", ()):
+        if sizes.get(axis, 1) > 1:
+            raise ShardingError(
+                f"experts with a capacity, and mesh axis {axis}={sizes[axis]} divides the sequence",
+                where="mixture of experts",
+                why="places go to the first tokens of a group, and a device sees only its part of them",
+                fix=f"capacity 0 (no choice is dropped), or {axis}=1",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

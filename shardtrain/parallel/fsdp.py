@@ -28,6 +28,7 @@ class Shard:
     """How one parameter leaf arrives inside the manual region, and what it becomes.
 
     `dim`, `axes`: the dim that is a shard over these manual mesh axes (None: whole already).
+    `kept`: (dim, manual mesh axes) of dims that stay divided: of experts, or layers, each device runs its own.
     `spec`: the remaining sharding of the whole leaf, over the automatic axes.
     `compute`, `wire`, `reduce`: dtypes of the whole leaf, of the gather, of the gradient's reduction.
     """
@@ -38,6 +39,12 @@ class Shard:
     compute: Any
     wire: Any
     reduce: Any
+    kept: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    @property
+    def kept_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which a gradient is not reduced: each device has another part of the leaf."""
+        return tuple(a for _, axes in self.kept for a in axes)
 
     def whole(self) -> Shard:
         """The same leaf once it has been gathered."""
@@ -46,7 +53,8 @@ class Shard:
     def without_leading(self) -> Shard:
         """The same leaf inside a scan over its leading (layers) dim."""
         dim = None if self.dim is None else self.dim - 1
-        return dataclasses.replace(self, dim=dim, spec=PartitionSpec(*self.spec[1:]))
+        kept = tuple((d - 1, axes) for d, axes in self.kept if d)
+        return dataclasses.replace(self, dim=dim, spec=PartitionSpec(*self.spec[1:]), kept=kept)
 
 
 def gather(tree: Any, path: str) -> Any:
@@ -118,7 +126,7 @@ def _gather_forward(leaf: jax.Array, shard: Shard) -> tuple[jax.Array, tuple[()]
 def _gather_backward(shard: Shard, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
     def scatter(local: jax.Array) -> jax.Array:
         assert shard.dim is not None
-        return _scatter(_declared(local, shard), shard.axes, shard.dim)
+        return reduce_scatter(_declared(local, shard), shard.axes, shard.dim)
 
     return (_local(scatter, shard)(gradient).astype(jnp.float32),)
 
@@ -142,12 +150,12 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
     Args:
         gradient: this device's sum, float32; a shard already along `shard.axes`.
         target: spec in which it is wanted; batch axes in it that `shard` lacks are scattered over.
-        axes: all batch axes.
+        axes: all mesh axes over which gradients are sums.
 
     Communicates: all-reduce 2f*X, or reduce-scatter f*X where the target is divided further. Of an all-reduce over
     slice and others only 2(s-1)/s * X/n crosses slices, for n devices within one.
     """
-    rest = tuple(a for a in axes if a not in shard.axes)
+    rest = tuple(a for a in axes if a not in shard.axes and a not in shard.kept_axes)
     scatter = [
         (dim, tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in rest))
         for dim, entry in enumerate(target)
@@ -157,7 +165,7 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
     def reduce(local: jax.Array) -> jax.Array:
         local = _declared(local, shard)
         for dim, over in scatter:
-            local = _scatter(local, over, dim)
+            local = reduce_scatter(local, over, dim)
         others = tuple(a for a in rest if not any(a in over for _, over in scatter))
         return _all_reduce(local, others) if others else local
 
@@ -166,11 +174,12 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
 
 def _declared(x: jax.Array, shard: Shard) -> jax.Array:
     """In the dtype of the reduction. The barrier keeps the TPU compiler from reducing in 16 bits what was only just
-    converted from them."""
-    return jax.lax.optimization_barrier(x.astype(shard.reduce))
+    converted from them; without need it would keep reductions from being combined."""
+    x = x.astype(shard.reduce)
+    return x if shard.compute == shard.reduce else jax.lax.optimization_barrier(x)
 
 
-def _scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """`psum_scatter` along `dim`, as a stack of matrices whose parts are at least 128 high where the shape has it.
 
     Of four dims and more, or of low parts, the TPU compiler makes an all-reduce (measured on stacks of heads). A dim and
@@ -227,5 +236,5 @@ def _all_reduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     dim = next((d for d, n in enumerate(x.shape) if n % size == 0), None)
     if within == axes or not within or dim is None or x.size < SMALL:
         return jax.lax.psum(x, axes)
-    part = jax.lax.psum(_scatter(x, within, dim), SLOW)
+    part = jax.lax.psum(reduce_scatter(x, within, dim), SLOW)
     return jax.lax.all_gather(part, within, axis=dim, tiled=True, to="invarying")

@@ -5,16 +5,19 @@ from __future__ import annotations
 from shardtrain.sharding.rules import ANY, Rules
 
 _NAMES = ("seq", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "expert", "layers")
-_WHOLE: dict[str, str | tuple[str, ...] | None] = {name: None for name in _NAMES}
+_WHOLE: dict[str, str | tuple[str, ...] | None] = {**{name: None for name in _NAMES}, "expert": "expert"}
 _TENSOR = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
-_DATA = ("slice", "data")
+_DATA, _EXPERT = ("slice", "data"), ("expert",)
 
 
 def _activations(
     batch: tuple[str, ...], tensor: bool, sequence: bool = False
 ) -> dict[str, str | tuple[str, ...] | None]:
-    stream = {"seq": "tensor"} if sequence else {}
-    return {"batch": batch, **_WHOLE, "seq_block": None, **(_TENSOR if tensor else {}), **stream}
+    """Rows over the batch axes and expert; the sequence over context everywhere, with `sequence` between blocks also
+    over tensor."""
+    seq = ("context", "tensor") if sequence else ("context",)
+    whole = {**_WHOLE, "expert": None, "seq": seq, "seq_block": "context"}
+    return {"batch": (*batch, *_EXPERT), **whole, **(_TENSOR if tensor else {})}
 
 
 data = Rules("data", _WHOLE, _activations(_DATA, False))

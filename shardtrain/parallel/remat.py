@@ -91,6 +91,21 @@ def policy(name: str) -> Callable[..., bool]:
     return policies.save_only_these_names(REDUCED, *names)
 
 
+def _unbatched(*_: Any) -> tuple[Any, Any]:
+    raise NotImplementedError
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A call that remat policies do not look into: its results may be saved, nothing inside is.
+
+    For the forward of a `custom_vjp`, which is neither batched nor differentiated. A nested `shard_map` needs it in any case:
+    what a policy saves inside of one has no sharding that XLA accepts.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+    call.def_vmap(_unbatched)
+    return call
+
+
 def remat(function: Callable[..., Any], name: str, *, in_scan: bool = False) -> Callable[..., Any]:
     """`function` under the named policy; `in_scan` when a scan keeps forward and backward apart."""
     return jax.checkpoint(function, policy=policy(name), prevent_cse=not in_scan)

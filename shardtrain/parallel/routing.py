@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.parallel.remat import REDUCED
+from shardtrain.parallel.sequence import sequence_axes
 
 
 def scores_of(logits: jax.Array, score: str) -> jax.Array:
@@ -51,8 +52,19 @@ def route(
 
 
 def load(chosen: jax.Array, experts: int) -> jax.Array:
-    """How often each expert was chosen, int32 [E]."""
+    """How often a group chose each expert, int32 [E]."""
+    here, axes = _count(chosen, experts), sequence_axes()
+    return jax.lax.psum(here, axes) if axes else here
+
+
+def _count(chosen: jax.Array, experts: int) -> jax.Array:
     return (chosen[..., None] == jnp.arange(experts)).sum((0, 1), dtype=jnp.int32)
+
+
+def _of_group(mean: jax.Array) -> jax.Array:
+    """The mean over the tokens of a group, from that of this device's part of its sequences."""
+    axes = sequence_axes()
+    return jax.lax.pmean(mean, axes) if axes else mean
 
 
 def balance_loss(scores: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -61,13 +73,14 @@ def balance_loss(scores: jax.Array, chosen: jax.Array) -> jax.Array:
     Source: Fedus et al., Switch Transformers (arXiv 2101.03961), section 2.2, with choices counted over all k.
     """
     experts = scores.shape[-1]
-    share = load(chosen, experts) / chosen.size
-    return experts * (share * (scores / scores.sum(-1, keepdims=True)).mean(0)).sum()
+    chosen_of = load(chosen, experts)
+    share = _of_group((scores / scores.sum(-1, keepdims=True)).mean(0))
+    return experts * (chosen_of / chosen_of.sum() * share).sum()
 
 
 def router_z_loss(logits: jax.Array) -> jax.Array:
     """Mean over tokens of logsumexp(logits)^2: keeps logits small. Source: Zoph et al., ST-MoE (arXiv 2202.08906)."""
-    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), -1)).mean()
+    return _of_group(jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), -1)).mean())
 
 
 def capacity(tokens: int, k: int, experts: int, factor: float) -> int:
@@ -96,7 +109,7 @@ def places(chosen: jax.Array, experts: int, most: int) -> Places:
         chosen: [T, k]. most: places of each expert, which keeps as many choices (the place of its r-th is `e*most + r`);
             0: as many as it was chosen, one expert right after the other, T*k in all.
     """
-    flat, sizes = chosen.reshape(-1), load(chosen, experts)
+    flat, sizes = chosen.reshape(-1), _count(chosen, experts)
     order = jnp.argsort(flat, stable=True)
     place = jnp.argsort(order)
     if not most:

@@ -5,7 +5,7 @@ import sys
 import types
 from typing import Any
 
-from shardtrain.plan.plan import plan as _make
+from shardtrain.plan.make import plan as _make
 
 
 class _Room(types.ModuleType):

@@ -80,13 +80,13 @@ class Compiled:
             return self._outputs(result)
 
         abstract = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_sharding) for x in batch_leaves
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.field_sharding(x.ndim)) for x in batch_leaves
         ]
 
         def jitted(wanted: Mapping[str, Any] | None) -> tuple[Any, Any]:
             made: Any = jax.jit(
                 flat,
-                in_shardings=shardings + (plan.batch_sharding,) * len(batch_leaves),
+                in_shardings=shardings + tuple(plan.field_sharding(x.ndim) for x in batch_leaves),
                 out_shardings=self._out_shardings(shardings),
                 donate_argnums=tuple(range(count)) if donate else (),
                 compiler_options=dict(wanted) if wanted else None,

@@ -20,7 +20,8 @@ from shardtrain.data import as_loader, prefetch
 from shardtrain.mesh import AnyMesh, chip_of, device_of
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
 from shardtrain.parallel.presets import fsdp_tensor
-from shardtrain.plan.plan import Plan, plan
+from shardtrain.plan.make import plan
+from shardtrain.plan.plan import Plan
 from shardtrain.sharding import Rules
 from shardtrain.train.hooks import as_hook
 from shardtrain.train.loop import Stopped, run_loop

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shardtrain.errors import ConfigError, DataError, ShardTrainError
+from shardtrain.errors import ConfigError, DataError, ShardingError, ShardTrainError, suggestion
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.groups import Loss, as_loss
 from shardtrain.parallel.remat import uses_remat
@@ -94,6 +94,41 @@ def group_count(
     return rows, count
 
 
+def one_of(where: str, name: str, known: Mapping[str, Any]) -> Any:
+    """What a name stands for."""
+    if name not in known:
+        raise ConfigError(f"'{name}' is none", where=where, fix=suggestion(name, known, next(iter(known))))
+    return known[name]
+
+
+def check_sequence(batch: Any, mesh: AnyMesh, rules: Rules) -> None:
+    """Whether dim 1 of every field divides into the pieces of a sequence that mesh axes share."""
+    axes = rules.sequence_axes(mesh)
+    pieces = 2 * math.prod(mesh.shape[a] for a in axes)
+    for name, leaf in flatten(batch).items() if axes else ():
+        if len(leaf.shape) > 1 and leaf.shape[1] % pieces:
+            over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
+            raise ShardingError(
+                f"dim 1 = {leaf.shape[1]} is not divisible by {pieces}, two pieces for each device of {over}",
+                where=f"batch field '{name}'",
+                why=f"{over} divides the sequence, which is dim 1 of every field that has one",
+                fix=f"{-(-leaf.shape[1] // pieces) * pieces} tokens, or a smaller {axes[0]} axis",
+            )
+
+
+def check_stacks(seen: Seen, parameters: Mapping[str, Any]) -> None:
+    """Paths that the model gave to `st.gather`."""
+    for prefix in sorted(seen.stacks):
+        if not any(path.startswith(f"{prefix}/") for path in parameters):
+            tops = sorted({path.rpartition("/")[0] for path in parameters if "/" in path})
+            raise ShardingError(
+                "no parameter under this path",
+                where=f"st.gather(..., '{prefix}')",
+                why=f"parameters are under {', '.join(tops[:6])}",
+                fix=suggestion(prefix, tops, "the path of the stack in the model"),
+            )
+
+
 def group_loss(model: Model, loss_fn: Callable[..., Any], rows: int, *, train: bool) -> Any:
     """The user's loss on one group, as a pure function of arrays."""
     arity = _arity(loss_fn)
@@ -146,7 +181,7 @@ def watch(
         ShardingError: a constraint that cannot be on this mesh, with the user's line.
     """
     sizes = {} if mesh is None else dict(mesh.shape)
-    manual = frozenset() if mesh is None else frozenset(rules.batch_axes(mesh))
+    manual = frozenset() if mesh is None else frozenset(rules.manual_axes(mesh))
     seen = context.Layout(mesh=None, activations=rules.activations, manual=manual, sizes=sizes)
     with context.use(seen), naming_lines():
         jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
@@ -163,6 +198,14 @@ def watch(
     taken = {"loss", "grad_norm", "param_norm", "tokens", "learning_rate"} & set(result.metrics)
     if taken:
         raise ConfigError(f"metric names are taken: {sorted(taken)}", where="loss_fn", fix="other names")
+    divided = rules.sequence_axes(mesh) if mesh is not None else ()
+    if divided and not seen.attentions:
+        raise ShardingError(
+            f"mesh axis {divided[0]}={sizes[divided[0]]} divides the sequence, but the model has no attention for that",
+            where="model",
+            why="what mixes tokens in another way would see only the tokens of its own device",
+            fix=f"st.attention(q, k, v) in the model, or {divided[0]}=1",
+        )
     used = uses(jaxpr.jaxpr, [*flatten(params), *flatten(model_state.get(FROZEN, {}))])
     rows = collections.Counter[str]()
     for taken in seen.lookups:

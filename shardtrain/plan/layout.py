@@ -15,7 +15,7 @@ from shardtrain.errors import ShardingError
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard
 from shardtrain.plan.model import FROZEN
-from shardtrain.sharding.rules import ANY, SMALL, Rules, mesh_text, resolve, spec_axes
+from shardtrain.sharding.rules import ANY, KEPT, SMALL, Rules, mesh_text, resolve, spec_axes
 from shardtrain.train.state import TrainState
 from shardtrain.tree import bytes_text, flatten, table
 
@@ -75,7 +75,7 @@ def parameter_leaves(
     `stacks`: path prefixes that the model makes whole itself, layer by layer.
     `dtypes`: compute, wire and reduce dtype. `tables`: spread along their columns, whatever the rules pick.
     """
-    batch = rules.batch_axes(mesh)
+    manual = rules.manual_axes(mesh)
     leaves = {}
     for path, leaf in shapes.items():
         stacked = in_stack(path, stacks)
@@ -83,7 +83,7 @@ def parameter_leaves(
         spec = resolve(path, leaf.shape, axes.get(path), rules.params, mesh, **options)
         held = rules.params if rules.optimizer is None else rules.optimizer
         optimizer = resolve(path, leaf.shape, axes.get(path), held, mesh, **options)
-        shard = _shard(path, spec, batch, dtypes)
+        shard = _shard(path, spec, axes.get(path), manual, dtypes)
         leaves[path] = Leaf(path, leaf.shape, leaf.dtype, axes.get(path), spec, optimizer, shard)
     _check_replicated(leaves, rules, mesh)
     return leaves
@@ -110,18 +110,26 @@ def in_stack(path: str, stacks: frozenset[str]) -> bool:
     return any(path.startswith(f"{prefix}/") for prefix in stacks)
 
 
-def _shard(path: str, spec: PartitionSpec, batch: tuple[str, ...], dtypes: tuple[Any, Any, Any]) -> Shard:
-    manual = {d: tuple(a for a in _names(dim) if a in batch) for d, dim in enumerate(spec)}
-    manual = {d: axes for d, axes in manual.items() if axes}
-    if len(manual) > 1 or any(len(_names(spec[d])) != len(axes) for d, axes in manual.items()):
+def _shard(
+    path: str,
+    spec: PartitionSpec,
+    logical: tuple[str | None, ...] | None,
+    manual: tuple[str, ...],
+    dtypes: tuple[Any, Any, Any],
+) -> Shard:
+    by_hand = {d: tuple(a for a in _names(dim) if a in manual) for d, dim in enumerate(spec)}
+    by_hand = {d: axes for d, axes in by_hand.items() if axes}
+    kept = {d: axes for d, axes in by_hand.items() if logical is not None and logical[d] in KEPT}
+    gathered = {d: axes for d, axes in by_hand.items() if d not in kept}
+    if len(gathered) > 1 or any(len(_names(spec[d])) != len(axes) for d, axes in by_hand.items()):
         raise ShardingError(
-            f"{spec} mixes the batch axes {batch} with others on one dim, or puts them on two dims",
+            f"{spec} mixes the axes {manual} with others on one dim, or gathers along two dims",
             where=path,
             fix="give the batch axes (fsdp) one dim of their own",
         )
-    dim, axes = next(iter(manual.items()), (None, ()))
-    automatic = PartitionSpec(*[None if d == dim else entry for d, entry in enumerate(spec)])
-    return Shard(dim, axes, automatic, *dtypes)
+    dim, axes = next(iter(gathered.items()), (None, ()))
+    automatic = PartitionSpec(*[None if d in by_hand else entry for d, entry in enumerate(spec)])
+    return Shard(dim, axes, automatic, *dtypes, kept=tuple(kept.items()))
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -133,8 +141,7 @@ def _check_replicated(leaves: Mapping[str, Leaf], rules: Rules, mesh: AnyMesh) -
     used = {a for leaf in leaves.values() for a in spec_axes(leaf.spec)}
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
     for axis in sorted(wanted - used):
-        batch_only = axis in rules.batch_axes(mesh)
-        if total < SMALL and batch_only:
+        if total < SMALL and axis in rules.manual_axes(mesh):
             continue  # a model too small to be worth spreading
         biggest = max(leaves.values(), key=lambda leaf: math.prod(leaf.shape))
         raise ShardingError(

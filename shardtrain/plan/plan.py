@@ -14,155 +14,24 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.errors import ConfigError, ShardingError, suggestion
-from shardtrain.mesh import Target, device_of
+from shardtrain.mesh import Target
 from shardtrain.mesh.build import AnyMesh
-from shardtrain.parallel.presets import PRESETS, fsdp_tensor
 from shardtrain.plan import aot, batches
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
-from shardtrain.plan.given import Seen, device_dtype, group_count, group_loss, watch
-from shardtrain.plan.model import FROZEN, Model, as_model
-from shardtrain.sharding import Annotations, Rules, annotate, context
+from shardtrain.plan.given import (
+    Seen,
+    group_loss,
+)
+from shardtrain.plan.model import Model
+from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.state import TrainState, cursor_words
-from shardtrain.train.step import StepParts, evaluate_step, gradients, train_step
+from shardtrain.train.step import StepParts, evaluate_step, field_spec, gradients, train_step
 from shardtrain.tree import flatten
 
 log = logging.getLogger("shardtrain")
 PRECISIONS = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-
-
-def plan(
-    model: Any,
-    loss_fn: Callable[..., Any],
-    optimizer: optax.GradientTransformation,
-    *,
-    batch: Any,
-    mesh: AnyMesh,
-    rules: Rules | str = fsdp_tensor,
-    microbatches: int = 1,
-    groups: int | None = None,
-    precision: str = "f32",
-    wire_dtype: Any = None,
-    reduce_dtype: Any = jnp.float32,
-    trainable: Any = None,
-    annotations: Annotations | Mapping[str, Any] | None = None,
-    learning_rate: Any = None,
-) -> Plan:
-    """Decide where everything lives, and check it, without allocating anything.
-
-    Args:
-        model: a factory `rngs -> nnx.Module`, an `nnx.Module` with weights, `st.linen(...)`, or a
-            pair `(init(key) -> params, apply(params, *args))`.
-        loss_fn: `(model, batch[, rngs])` of one group's rows -> `st.Loss`, a scalar (the mean over
-            the rows), or `(scalar, metrics)`. `rngs` is an `nnx.Rngs` of the group's key.
-        optimizer: any optax transform; it sees global gradients, so norms are exact.
-        batch: global shapes, see `batch_spec`; a pytree of anything with shape and dtype.
-        mesh: see `make_mesh`.
-        rules: see `st.rules`; a name or a value.
-        microbatches: how many groups each device takes one after the other; a lever on memory.
-        groups: number of groups G; default: batch shards x microbatches. A device takes G / shards
-            groups, one after the other, so G may be more than `microbatches` asks for, never less.
-        precision: "f32", or "bf16": parameters are float32 and cast to bfloat16 for the loss.
-        wire_dtype: of gathered weights; default: the compute dtype, float32 on CPU.
-        reduce_dtype: of the reduction of gradients.
-        trainable: an nnx filter; parameters it leaves out are kept but not trained.
-        annotations: `st.annotate({...})`, logical axes by path for models that carry none.
-        learning_rate: number or schedule of the step, only to report it as a metric.
-
-    Raises:
-        ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
-    """
-    again = lambda mesh: plan(  # noqa: E731
-        model,
-        loss_fn,
-        optimizer,
-        batch=batch,
-        mesh=mesh,
-        rules=rules,
-        microbatches=microbatches,
-        groups=groups,
-        precision=precision,
-        wire_dtype=wire_dtype,
-        reduce_dtype=reduce_dtype,
-        trainable=trainable,
-        annotations=annotations,
-        learning_rate=learning_rate,
-    )
-    if isinstance(rules, str):
-        if rules not in PRESETS:
-            raise ShardingError(
-                f"no rules called '{rules}'",
-                where="rules",
-                fix=suggestion(rules, PRESETS, "a st.Rules value"),
-            )
-        rules = PRESETS[rules]
-    if precision not in PRECISIONS:
-        raise ConfigError(
-            f"'{precision}' is none", where="precision", fix=suggestion(precision, PRECISIONS, "f32")
-        )
-    layouts.check_mesh(mesh, rules)
-    abstract_batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(tuple(x.shape), device_dtype(x.dtype)),
-        batch,
-        is_leaf=lambda x: hasattr(x, "shape"),
-    )
-    rows, groups = group_count(abstract_batch, mesh, rules, microbatches, groups)
-    group_batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((rows // groups, *s.shape[1:]), s.dtype), abstract_batch
-    )
-    adapted = as_model(model, group_batch, trainable)
-    if annotations is not None and not isinstance(annotations, Annotations):
-        annotations = annotate(annotations)
-
-    params, model_state = jax.eval_shape(adapted.init, jax.random.key(0))
-    named = {**flatten(params), **flatten(model_state.get(FROZEN, {}))}
-    axes: dict[str, Any] = {path: adapted.axes.get(path) for path in named}
-    if annotations is not None:
-        axes = annotations.apply({p: leaf.shape for p, leaf in named.items()}, axes)
-
-    layouts.check_names(named, axes, rules, mesh)
-    compute = PRECISIONS[precision]
-    platform = device_of(mesh).platform
-    wire = wire_dtype or (jnp.float32 if platform == "cpu" else compute)
-    loss = group_loss(adapted, loss_fn, rows // groups, train=True)
-    seen = watch(loss, params, model_state, group_batch, rules, mesh)
-    for prefix in sorted(seen.stacks):
-        if not any(layouts.in_stack(path, frozenset([prefix])) for path in named):
-            tops = sorted({path.rpartition("/")[0] for path in named if "/" in path})
-            raise ShardingError(
-                "no parameter under this path",
-                where=f"st.gather(..., '{prefix}')",
-                why=f"parameters are under {', '.join(tops[:6])}",
-                fix=suggestion(prefix, tops, "the path of the stack in the model"),
-            )
-    leaves = layouts.parameter_leaves(
-        named,
-        axes,
-        rules=rules,
-        mesh=mesh,
-        stacks=seen.stacks,
-        tables=frozenset(seen.lookups),
-        dtypes=(jnp.dtype(compute), jnp.dtype(wire), jnp.dtype(reduce_dtype)),
-    )
-    return Plan(
-        adapter=adapted,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        mesh=mesh,
-        rules=rules,
-        microbatches=groups // math.prod(mesh.shape[a] for a in rules.batch_axes(mesh)),
-        groups=groups,
-        precision=precision,
-        batch=abstract_batch,
-        global_batch=rows,
-        leaves=leaves,
-        seen=seen,
-        learning_rate=learning_rate,
-        abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
-        again=again,
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,6 +56,7 @@ class Plan:
     leaves: Mapping[str, layouts.Leaf]
     seen: Seen
     learning_rate: Any
+    attention: str
     abstract_state: TrainState
     again: Callable[[Any], Plan]
 
@@ -248,10 +118,10 @@ class Plan:
         if self.held:
             return {}
         return {
-            path: rows * self.microbatches
+            path: rows * self.microbatches // self.sequence_parts
             for path, rows in self.seen.lookups.items()
             if self.leaves[path].shard.dim is not None
-            and layouts.exchanges(self.leaves[path], rows, self.mesh)
+            and layouts.exchanges(self.leaves[path], rows // self.sequence_parts, self.mesh)
         }
 
     def is_vector(self, path: str) -> bool:
@@ -262,7 +132,7 @@ class Plan:
     def sequence_divided(self) -> bool:
         """Whether the residual stream is divided along the sequence between blocks."""
         axes = self.rules.activations.get("seq", ())
-        return any(self.mesh.shape.get(a, 1) > 1 and a not in self._batch_axes for a in axes)
+        return any(self.mesh.shape.get(a, 1) > 1 and a not in self.manual_axes for a in axes)
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -299,12 +169,31 @@ class Plan:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Rows over the batch axes."""
+        """Rows over the batch axes: of a field without a sequence."""
         return NamedSharding(self.mesh, PartitionSpec(self._batch_axes or None))
+
+    def field_sharding(self, ndim: int) -> NamedSharding:
+        """Of a batch field: rows over the batch axes, dim 1 over those that divide the sequence."""
+        return NamedSharding(self.mesh, field_spec(ndim, self._batch_axes, self.sequence_axes))
 
     @property
     def _batch_axes(self) -> tuple[str, ...]:
         return self.rules.batch_axes(self.mesh)
+
+    @property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """Mesh axes that divide the sequence inside blocks too (context)."""
+        return self.rules.sequence_axes(self.mesh)
+
+    @property
+    def sequence_parts(self) -> int:
+        """Devices among which one row's sequence is divided."""
+        return math.prod(self.mesh.shape[a] for a in self.sequence_axes)
+
+    @property
+    def manual_axes(self) -> tuple[str, ...]:
+        """Mesh axes that the step holds by hand; gradients are sums over them."""
+        return self.rules.manual_axes(self.mesh)
 
     @property
     def rows(self) -> np.ndarray:
@@ -331,15 +220,24 @@ class Plan:
     # --- programs --------------------------------------------------------------------------------
 
     def _parts(self, *, train: bool, loss_fn: Callable[..., Any] | None = None) -> StepParts:
-        manual = frozenset(self._batch_axes)
+        manual = frozenset(self.manual_axes)
         if manual:  # axes of one device too: a region that is manual over every axis is the simplest
             manual |= {a for a, n in self.mesh.shape.items() if n == 1}
         held = {path: self.leaves[path].shard for path in self.held_leaves}
         shards = {p: leaf.shard.whole() if p in held else leaf.shard for p, leaf in self.leaves.items()}
         return StepParts(
             mesh=self.mesh,
-            layout=context.Layout(self.mesh, self.rules.activations, manual, shards, frozenset(self.tables)),
+            layout=context.Layout(
+                self.mesh,
+                self.rules.activations,
+                manual,
+                shards,
+                frozenset(self.tables),
+                sequence=self.sequence_axes,
+                attention=self.attention,
+            ),
             batch_axes=self._batch_axes,
+            sequence_axes=self.sequence_axes,
             shards=shards,
             held=held,
             reduced={path: leaf.gradient for path, leaf in self.leaves.items()},
@@ -433,7 +331,7 @@ class Plan:
 
         def run(state: TrainState, batch: Any) -> Any:
             with context.use(layout):
-                return function(state, batch)
+                return function(state, batches.natural(there, batch))
 
         return Compiled(
             there, run, donate=donate, target=None if target is None else Target(target), options=options

@@ -26,6 +26,8 @@ class Layout:
     `sizes`: of its mesh axes then, so that constraints are checked all the same.
     `activations`: logical axis -> mesh axes. `manual`: mesh axes that an enclosing `shard_map` holds.
     `params`: path of a parameter leaf -> how `gather` makes it whole (see `parallel/fsdp.py`).
+    `sequence`: those of them that divide the sequence, in zig-zag (see `parallel/sequence.py`); `attention`: how
+    its parts see each other. `attentions`: filled by `attention` in the first trace.
     `exchanged`: paths of tables whose rows are exchanged. `lookups`: filled by `lookup` in the first trace.
     `gathered`: filled by `gather` with the path prefixes that the model makes whole itself.
     """
@@ -38,6 +40,9 @@ class Layout:
     lookups: list[Any] = dataclasses.field(default_factory=list)
     gathered: set[str] = dataclasses.field(default_factory=set)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sequence: tuple[str, ...] = ()
+    attention: str = "ring"
+    attentions: list[Any] = dataclasses.field(default_factory=list)
 
 
 def current() -> Layout | None:

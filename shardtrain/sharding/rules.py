@@ -13,6 +13,10 @@ from jax.sharding import PartitionSpec
 from shardtrain.errors import ShardingError, suggestion
 from shardtrain.mesh.build import AnyMesh
 
+KEPT = (
+    "expert",
+    "layers",
+)  # logical axes whose parts never meet: each device runs its own experts, or layers
 ANY = "*"  # in a map of parameters: whichever one dim of the leaf divides
 SMALL = 4096  # elements; smaller leaves are not spread by "*", their gather would cost more than they hold
 
@@ -107,6 +111,14 @@ class Rules:
     def batch_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
         """Mesh axes over which the rows of the batch are divided."""
         return tuple(a for a in self.activations.get("batch", ()) if mesh.shape.get(a, 1) > 1)
+
+    def sequence_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
+        """Mesh axes over which the sequence is divided inside blocks too (context), by attention written for it."""
+        return tuple(a for a in self.activations.get("seq_block", ()) if mesh.shape.get(a, 1) > 1)
+
+    def manual_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
+        """Mesh axes that the step holds by hand: each device has other tokens, and gradients are reduced over them."""
+        return (*self.batch_axes(mesh), *self.sequence_axes(mesh))
 
 
 def resolve(

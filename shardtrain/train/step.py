@@ -37,13 +37,15 @@ class StepParts:
     of leaves that are gathered once for the whole step. `reduced`: path -> the spec in which a
     gradient leaves the reduction. `stacks`: path prefixes that the model makes whole itself.
     `regather`: weights that were made whole before the loss are gathered again for the backward.
-    `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows.
+    `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows; `sequence_axes`:
+    those that divide dim 1 of every batch field that has one.
     `merges`: path of a variable -> mean, sum or last.
     """
 
     mesh: AnyMesh
     layout: context.Layout
     batch_axes: tuple[str, ...]
+    sequence_axes: tuple[str, ...]
     shards: Mapping[str, Shard]
     held: Mapping[str, Shard]
     reduced: Mapping[str, PartitionSpec]
@@ -54,9 +56,23 @@ class StepParts:
     regather: bool
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes held by hand, over which gradients and losses are sums."""
+        return (*self.batch_axes, *self.sequence_axes)
+
+    def field_spec(self, leaf: Any) -> PartitionSpec:
+        """Where a field of the batch lives: [rows, sequence, ...]."""
+        return field_spec(leaf.ndim, self.batch_axes, self.sequence_axes)
+
+    @property
     def shard_count(self) -> int:
         """Devices (or tensor groups of devices) that divide the batch."""
         return math.prod(self.mesh.shape[a] for a in self.batch_axes)
+
+
+def field_spec(ndim: int, rows: tuple[str, ...], sequence: tuple[str, ...]) -> PartitionSpec:
+    """Of a batch field: its rows over some axes, and dim 1 over others."""
+    return PartitionSpec(rows or None, sequence) if sequence and ndim > 1 else PartitionSpec(rows or None)
 
 
 def _by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
@@ -139,16 +155,14 @@ def gradients(
             parts,
             last=(False, False, _by_path(lambda p, v: _merges(p, v, parts) == "last", variables)),
         )
-        grads = _by_path(
-            lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.batch_axes), grads
-        )
+        grads = _by_path(lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.axes), grads)
         old = flatten(variables)
         new = _by_path(lambda p, n: _merge(n, p, old[p], parts), new)
         return grads, scalars[None], new
 
     outs = (
-        _by_path(lambda p, _: _manual(parts.reduced[p], parts.batch_axes), params),
-        PartitionSpec(parts.batch_axes or None),
+        _by_path(lambda p, _: _manual(parts.reduced[p], parts.axes), params),
+        PartitionSpec(parts.axes or None),
         jax.tree.map(lambda _: PartitionSpec(), model_state.get("variables", {})),
     )
     grads, scalars, new = _on_devices(parts, local, outs)(params, model_state, key, step, batch)
@@ -164,11 +178,11 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
 
     def run(params: Any, model_state: Any, key: jax.Array, step: jax.Array, batch: Any) -> Any:
         def body(params: Any, model_state: Any, *rest: Any) -> Any:
-            return local(*varying((params, model_state), parts.batch_axes), *rest)
+            return local(*varying((params, model_state), parts.axes), *rest)
 
         mapped = body
-        if parts.batch_axes:
-            rows, whole = PartitionSpec(parts.batch_axes), PartitionSpec()
+        if parts.axes:
+            rows, whole = PartitionSpec(parts.batch_axes or None), PartitionSpec()
             arrive = {**parts.shards, **parts.held}
             specs = _by_path(lambda p, _: _placed(arrive[p]), params)
             state_specs = {k: jax.tree.map(lambda _: whole, v) for k, v in model_state.items()}
@@ -177,7 +191,7 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
             mapped = jax.shard_map(
                 body,
                 mesh=parts.mesh,
-                in_specs=(specs, state_specs, whole, whole, rows, rows),
+                in_specs=(specs, state_specs, whole, whole, rows, jax.tree.map(parts.field_spec, batch)),
                 out_specs=out_specs,
                 axis_names=set(parts.layout.manual),
             )
@@ -190,9 +204,8 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
 
 
 def _placed(shard: Shard) -> PartitionSpec:
-    if shard.dim is None:
-        return PartitionSpec()
-    return PartitionSpec(*[None] * shard.dim, shard.axes)
+    dims = dict(shard.kept) if shard.dim is None else {**dict(shard.kept), shard.dim: shard.axes}
+    return PartitionSpec(*[dims.get(d) for d in range(max(dims, default=-1) + 1)])
 
 
 def _over_groups(
@@ -206,9 +219,7 @@ def _over_groups(
         return function(groups[0], jax.tree.map(lambda x: x[0], rows))
 
     first = jax.eval_shape(function, groups[0], jax.tree.map(lambda x: x[0], rows))
-    zeros = varying(
-        jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.batch_axes
-    )
+    zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.axes)
 
     lasts = jax.tree.map(lambda s, flag: flag or _is_last(s), first, jax.tree.broadcast(last, first))
 
@@ -232,15 +243,16 @@ def _merges(path: str, variable: Any, parts: StepParts) -> str:
 
 
 def _merge(total: jax.Array, path: str, old: jax.Array, parts: StepParts) -> jax.Array:
-    """One variable from the copies of the groups: mean of floats, the last of all else."""
-    how, axes = _merges(path, old, parts), parts.batch_axes
+    """One variable from the copies of the groups (and of parts of a sequence): mean of floats, the last of all else."""
+    how, axes = _merges(path, old, parts), parts.axes
+    copies = parts.groups * math.prod(parts.mesh.shape[a] for a in parts.sequence_axes)
     if how == "last":
         return jax.lax.pmax(total, axes) if axes else total
     total = jax.lax.psum(total, axes) if axes else total
     if how == "sum":
         old = jax.lax.pmax(old, axes) if axes else old
-        return (total - (parts.groups - 1) * old).astype(old.dtype)
-    return (total / parts.groups).astype(old.dtype)
+        return (total - (copies - 1) * old).astype(old.dtype)
+    return (total / copies).astype(old.dtype)
 
 
 def train_step(
@@ -310,7 +322,7 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
 
         return _over_groups(one, groups, batch, parts)[None]
 
-    run = _on_devices(parts, local, PartitionSpec(parts.batch_axes or None))
+    run = _on_devices(parts, local, PartitionSpec(parts.axes or None))
     scalars = run(state.params, state.model_state, state.key, jnp.int32(0), batch).sum(axis=0)
     result = {"loss_sum": scalars[0], "loss_weight": scalars[1]}
     for i, name in enumerate(names[0]):

@@ -32,6 +32,7 @@ EXPERT_LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
     "fsdp-expert": ({"fsdp": 2, "expert": 4}, "fsdp_tensor", 1),
     "expert-tensor-fsdp": ({"fsdp": 2, "expert": 2, "tensor": 2}, "fsdp_tensor", 2),
     "expert-sequence": ({"expert": 4, "tensor": 2}, "fsdp_tensor_sequence", 2),
+    "expert-context": ({"expert": 4, "context": 2}, "fsdp_tensor", 2),
 }
 GROUPS = 8
 

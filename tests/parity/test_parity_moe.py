@@ -45,9 +45,8 @@ def flips(a: Trained, b: Trained) -> float:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(("capacity", layout) for layout in EXPERT_LAYOUTS),
-        ("dropless", "fsdp-expert"),
-        ("dropless", "expert-tensor-fsdp"),
+        *(("capacity", layout) for layout in EXPERT_LAYOUTS if layout != "expert-context"),
+        *(("dropless", layout) for layout in ("fsdp-expert", "expert-tensor-fsdp", "expert-context")),
     ],
 )
 def test_experts(name, layout, record_property):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -10,14 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from shardtrain.mesh import chip_of, device_of
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.models.layers.rotary import rotate
+from shardtrain.parallel.attention import attention
 from shardtrain.parallel.remat import REDUCED
-from shardtrain.sharding import constrain, context
-from shardtrain.sharding.constrain import enter_block, leave_block, spec_of
-
-CHUNK = 1024  # queries at a time where no fused kernel keeps the scores out of memory
+from shardtrain.parallel.sequence import positions
+from shardtrain.sharding import constrain
+from shardtrain.sharding.constrain import enter_block, leave_block
 
 Cache = dict[str, jax.Array]
 """`k`, `v`: [batch, length, kv_heads, head_dim] of one layer."""
@@ -62,14 +60,19 @@ class SelfAttention(nnx.Module):
         self.out_bias = zeros(rngs, embed=embed) if bias else None
 
     def __call__(
-        self, x_BTD: jax.Array, *, cache: Cache | None = None, position: jax.Array | int = 0
+        self,
+        x_BTD: jax.Array,
+        *,
+        cache: Cache | None = None,
+        position: jax.Array | int = 0,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         q, k, v = self._project(enter_block(x_BTD))
         if self.theta is not None:
-            positions = position + jnp.arange(x_BTD.shape[1])
-            q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+            places = position + positions(x_BTD.shape[1])
+            q, k = rotate(q, places, self.theta), rotate(k, places, self.theta)
         if cache is None:
-            mixed = causal_attention(q, k, v)
+            mixed = attention(q, k, v, segments=segments)
         else:
             start = (0, position, 0, 0)
             cache = {
@@ -78,7 +81,7 @@ class SelfAttention(nnx.Module):
             }
             # The prompt sees only itself: what the cache holds beyond it is empty.
             start_of_text = isinstance(position, int) and position == 0
-            mixed = causal_attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
+            mixed = attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
         mixed = constrain(mixed, "batch", "seq_block", "heads", "head_dim")
         y = jnp.einsum("bthk,hkd->btd", mixed, self.out_kernel[...])
         y = checkpoint_name(leave_block(y), REDUCED)
@@ -96,70 +99,6 @@ class SelfAttention(nnx.Module):
     def empty_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         """Zeros for `length` positions."""
         return {name: jnp.zeros((batch, length, *self.kv_shape), dtype) for name in ("k", "v")}
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUNK) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v with a causal mask; scores and softmax in float32.
-
-    Args:
-        q: [batch, seq, heads, head_dim]; k, v: [batch, seq, kv_heads, head_dim].
-        chunk: queries at a time where no fused kernel is at hand; bounds the scores in memory.
-
-    On NVIDIA GPUs with 16-bit values this is cuDNN's flash attention.
-    """
-    length = q.shape[1]
-    if has_flash(_device(), q):
-        return _flash(q, k, v)
-    if length <= chunk:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-
-    # Scores exist for one chunk of queries at a time, in the backward too, where they are made again.
-    @jax.checkpoint
-    def one(start: jax.Array, q_chunk: jax.Array) -> jax.Array:
-        mask = (start + jnp.arange(chunk))[:, None] >= jnp.arange(length)[None]
-        return jax.nn.dot_product_attention(q_chunk, k, v, mask=mask[None, None])
-
-    chunks = -(-length // chunk)
-    padded = jnp.pad(q, [(0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)])
-    q_chunks = jnp.moveaxis(padded.reshape(q.shape[0], chunks, chunk, *q.shape[2:]), 1, 0)
-    out = jax.lax.map(lambda xs: one(*xs), (jnp.arange(chunks) * chunk, q_chunks))
-    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
-
-
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """cuDNN's attention, on each device's own rows and heads: nothing is left to the partitioner."""
-    kernel = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    q_spec, kv_spec = (
-        spec_of(x, "batch", "seq_block", h, "head_dim") for x, h in ((q, "heads"), (k, "kv_heads"))
-    )
-    layout = context.current()
-    if q_spec is None or layout is None or layout.mesh is None:
-        return kernel(q, k, v)
-    free = {a for a in layout.mesh.shape if a not in layout.manual}
-    return jax.shard_map(
-        kernel,
-        mesh=None if layout.manual else layout.mesh,
-        in_specs=(q_spec, kv_spec, kv_spec),
-        out_specs=q_spec,
-        axis_names=free,
-        check_vma=False,
-    )(q, k, v)
-
-
-def has_flash(device: Any, q: jax.Array) -> bool:
-    """Whether cuDNN's attention takes `q` on this device: NVIDIA from Ampere on, 16 bits, heads to 128 wide."""
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD says "gfx942", others nothing
-    if not capability and device.platform == "gpu":  # stands for a chip that is not here
-        capability = getattr(chip_of(device), "capability", "")
-    modern = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
-    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
-    return modern and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-
-
-def _device() -> Any:
-    """A device of the kind that the trace under way is for."""
-    layout = context.current()
-    return jax.devices()[0] if layout is None or layout.mesh is None else device_of(layout.mesh)
 
 
 def _attend_cache(q: jax.Array, cache: Cache, position: jax.Array | int) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain.parallel.sequence import own_part
 from shardtrain.sharding import logical
 
 
@@ -37,5 +38,5 @@ class Dropout(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         if self.rate == 0.0 or self.deterministic or key is None:
             return x
-        keep = jax.random.bernoulli(key, 1.0 - self.rate, x.shape)
+        keep = own_part(lambda shape: jax.random.bernoulli(key, 1.0 - self.rate, shape), x.shape)
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))

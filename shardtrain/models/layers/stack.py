@@ -36,14 +36,16 @@ def scan_blocks(
     key: jax.Array | None = None,
     cache: Any = None,
     position: jax.Array | int = 0,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Run the stack: `x, cache = block(x, key=..., cache=..., position=...)`, layer by layer.
+    """Run the stack: `x, cache = block(x, key=..., cache=..., position=..., segments=...)`, layer by layer.
 
     Args:
         path: where the stack lives in the model; its parameters are made whole one layer at a time.
         policy: what the backward recomputes, see `parallel/remat.py`.
         key: split over the layers, for dropout.
         cache: pytree with a leading layers dim, or None.
+        segments: see `parallel.attention.attention`.
 
     Communicates: what `gather` says, once forward and once backward per layer.
     """
@@ -54,7 +56,7 @@ def scan_blocks(
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         state, key, cache = layer
         block = nnx.merge(graph, gather(state, path))
-        return block(x, key=key, cache=cache, position=position)
+        return block(x, key=key, cache=cache, position=position, segments=segments)
 
     body = remat(body, policy, in_scan=True)
     return jax.lax.scan(body, x, (state, keys, cache))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shardtrain.models.layers.attention import SelfAttention, causal_attention, has_flash
+from shardtrain.models.layers.attention import SelfAttention
 from shardtrain.models.layers.dense import Dropout
 from shardtrain.models.layers.rotary import rotate
+from shardtrain.parallel.attention import attention, has_flash
 
 
 def qkv(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
@@ -36,7 +37,7 @@ def test_chunks_of_queries_are_the_whole(length):
     """
     arrays = qkv(length)
     out = lambda f: jax.jit(jax.value_and_grad(lambda a: (f(*a) * jnp.cos(jnp.arange(8.0))).sum()))(arrays)
-    (got, gradients), (want, wanted) = out(lambda *a: causal_attention(*a, chunk=16)), out(plain)
+    (got, gradients), (want, wanted) = out(lambda *a: attention(*a, chunk=16)), out(plain)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -46,7 +47,7 @@ def test_chunks_of_queries_are_the_whole(length):
 def test_scores_of_long_sequences_are_never_whole(length):
     """Temporary bytes below those of one float32 T x T per head. Failed once for lengths off the chunk."""
     q = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda q, k, v: causal_attention(q, k, v, chunk=256).sum(), (0, 1, 2)))
+    gradient = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, chunk=256).sum(), (0, 1, 2)))
     memory = gradient.lower(q, q, q).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * 8 * length**2 * 4
 

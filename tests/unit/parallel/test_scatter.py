@@ -43,7 +43,7 @@ def test_in_turn_is_the_same(axes, shape, dim, rings_of_two):
             return np.asarray(jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))(x))
 
     whole = run(lambda x: jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True))
-    np.testing.assert_allclose(run(lambda x: fsdp._scatter(x, axes, dim)), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(lambda x: fsdp.reduce_scatter(x, axes, dim)), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_inside_of_a_step_with_an_automatic_axis(rings_of_two, monkeypatch):

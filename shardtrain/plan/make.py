@@ -1,0 +1,149 @@
+"""From what a user has to a Plan: everything decided and checked, nothing allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shardtrain.mesh import device_of
+from shardtrain.mesh.build import AnyMesh
+from shardtrain.parallel.attention import MODES
+from shardtrain.parallel.presets import PRESETS, fsdp_tensor
+from shardtrain.plan import layout as layouts
+from shardtrain.plan.given import (
+    check_sequence,
+    check_stacks,
+    device_dtype,
+    group_count,
+    group_loss,
+    one_of,
+    watch,
+)
+from shardtrain.plan.model import FROZEN, as_model
+from shardtrain.plan.plan import PRECISIONS, Plan
+from shardtrain.sharding import Annotations, Rules, annotate
+from shardtrain.tree import flatten
+
+
+def plan(
+    model: Any,
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    batch: Any,
+    mesh: AnyMesh,
+    rules: Rules | str = fsdp_tensor,
+    microbatches: int = 1,
+    groups: int | None = None,
+    precision: str = "f32",
+    wire_dtype: Any = None,
+    reduce_dtype: Any = jnp.float32,
+    trainable: Any = None,
+    annotations: Annotations | Mapping[str, Any] | None = None,
+    learning_rate: Any = None,
+    attention: str = "ring",
+) -> Plan:
+    """Decide where everything lives, and check it, without allocating anything.
+
+    Args:
+        model: a factory `rngs -> nnx.Module`, an `nnx.Module` with weights, `st.linen(...)`, or a
+            pair `(init(key) -> params, apply(params, *args))`.
+        loss_fn: `(model, batch[, rngs])` of one group's rows -> `st.Loss`, a scalar (the mean over
+            the rows), or `(scalar, metrics)`. `rngs` is an `nnx.Rngs` of the group's key.
+        optimizer: any optax transform; it sees global gradients, so norms are exact.
+        batch: global shapes, see `batch_spec`; a pytree of anything with shape and dtype.
+        mesh: see `make_mesh`.
+        rules: see `st.rules`; a name or a value.
+        microbatches: how many groups each device takes one after the other; a lever on memory.
+        groups: number of groups G; default: batch shards x microbatches. A device takes G / shards
+            groups, one after the other, so G may be more than `microbatches` asks for, never less.
+        precision: "f32", or "bf16": parameters are float32 and cast to bfloat16 for the loss.
+        wire_dtype: of gathered weights; default: the compute dtype, float32 on CPU.
+        reduce_dtype: of the reduction of gradients.
+        trainable: an nnx filter; parameters it leaves out are kept but not trained.
+        annotations: `st.annotate({...})`, logical axes by path for models that carry none.
+        learning_rate: number or schedule of the step, only to report it as a metric.
+        attention: under a `context` axis, how queries meet the keys of other devices: "ring", "gather" or "ulysses";
+            see `st.attention`.
+
+    Raises:
+        ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
+    """
+    again = lambda mesh: plan(  # noqa: E731
+        model,
+        loss_fn,
+        optimizer,
+        batch=batch,
+        mesh=mesh,
+        rules=rules,
+        microbatches=microbatches,
+        groups=groups,
+        precision=precision,
+        wire_dtype=wire_dtype,
+        reduce_dtype=reduce_dtype,
+        trainable=trainable,
+        annotations=annotations,
+        learning_rate=learning_rate,
+        attention=attention,
+    )
+    rules = one_of("rules", rules, PRESETS) if isinstance(rules, str) else rules
+    compute = one_of("precision", precision, PRECISIONS)
+    one_of("attention", attention, dict.fromkeys(MODES))
+    layouts.check_mesh(mesh, rules)
+    abstract_batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(tuple(x.shape), device_dtype(x.dtype)),
+        batch,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
+    rows, groups = group_count(abstract_batch, mesh, rules, microbatches, groups)
+    check_sequence(abstract_batch, mesh, rules)
+    group_batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((rows // groups, *s.shape[1:]), s.dtype), abstract_batch
+    )
+    adapted = as_model(model, group_batch, trainable)
+    if annotations is not None and not isinstance(annotations, Annotations):
+        annotations = annotate(annotations)
+
+    params, model_state = jax.eval_shape(adapted.init, jax.random.key(0))
+    named = {**flatten(params), **flatten(model_state.get(FROZEN, {}))}
+    axes: dict[str, Any] = {path: adapted.axes.get(path) for path in named}
+    if annotations is not None:
+        axes = annotations.apply({p: leaf.shape for p, leaf in named.items()}, axes)
+
+    layouts.check_names(named, axes, rules, mesh)
+    wire = wire_dtype or (jnp.float32 if device_of(mesh).platform == "cpu" else compute)
+    loss = group_loss(adapted, loss_fn, rows // groups, train=True)
+    seen = watch(loss, params, model_state, group_batch, rules, mesh)
+    check_stacks(seen, named)
+    leaves = layouts.parameter_leaves(
+        named,
+        axes,
+        rules=rules,
+        mesh=mesh,
+        stacks=seen.stacks,
+        tables=frozenset(seen.lookups),
+        dtypes=(jnp.dtype(compute), jnp.dtype(wire), jnp.dtype(reduce_dtype)),
+    )
+    return Plan(
+        adapter=adapted,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        mesh=mesh,
+        rules=rules,
+        microbatches=groups // math.prod(mesh.shape[a] for a in rules.batch_axes(mesh)),
+        groups=groups,
+        precision=precision,
+        batch=abstract_batch,
+        global_batch=rows,
+        leaves=leaves,
+        seen=seen,
+        learning_rate=learning_rate,
+        attention=attention,
+        abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
+        again=again,
+    )
