@@ -244,7 +244,7 @@ def _without_drops(
     rows = checkpoint_name(_ragged_exchange(rows, sent, width, n * width, tensor), REDUCED)
     # They come in the order (sender, expert) and are wanted in the order of the experts.
     mine = every[:, jax.lax.axis_index(AXIS)]
-    piece = jnp.searchsorted(jnp.cumsum(mine.reshape(-1)), jnp.arange(n * width), side="right")
+    piece = _piece(mine.reshape(-1), n * width)
     order = jnp.argsort(jnp.where(piece < n * held, piece % held, held), stable=True)
     inverse = jnp.argsort(order)
     rows = spread(rows, order, inverse[:, None])
@@ -328,7 +328,11 @@ def _padded(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Ar
     index = jnp.where(inside, begin[me][:, None] + step, rows.shape[0])
     buffers = jax.lax.all_to_all(_take(rows[None], index)[0], AXIS, 0, 0, tiled=True)
     buffers = buffers.reshape(-1, rows.shape[1])
-    ends = jnp.cumsum(sent[:, me])
-    sender = jnp.searchsorted(ends, row, side="right")
+    sender = _piece(sent[:, me], height)
     there = sender * width + row - land[jnp.minimum(sender, len(sent) - 1), me]
-    return _take(buffers[None], jnp.where(row < ends[-1], there, buffers.shape[0]))[0]
+    return _take(buffers[None], jnp.where(sender < len(sent), there, buffers.shape[0]))[0]
+
+
+def _piece(sizes: jax.Array, length: int) -> jax.Array:
+    """[length]: which of the pieces of these sizes, one after the other, a position is in; `len(sizes)` after them."""
+    return (jnp.cumsum(sizes)[None] <= jnp.arange(length)[:, None]).sum(1)

@@ -114,8 +114,9 @@ def _share(n: int) -> float:
     return (n - 1) / n
 
 
-def _automatic(leaf: Leaf) -> set[str]:
-    return spec_axes(leaf.shard.spec)
+def _apart(leaf: Leaf) -> set[str]:
+    """Mesh axes along which devices have different parts of a leaf, all through the step."""
+    return {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes}
 
 
 def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
@@ -123,7 +124,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
     share = _share(_parts(plan, shard.axes))
-    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf))
+    size = math.prod(leaf.shape) / _parts(plan, _apart(leaf))
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
@@ -160,9 +161,9 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
 
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
-    size = math.prod(leaf.shape) / _parts(plan, _automatic(leaf)) * jnp.dtype(shard.reduce).itemsize
+    size = math.prod(leaf.shape) / _parts(plan, _apart(leaf)) * jnp.dtype(shard.reduce).itemsize
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
-    rest = [a for a in plan.rules.batch_axes(plan.mesh) if a not in inside]
+    rest = [a for a in plan.rules.batch_axes(plan.mesh) if a not in inside and a not in shard.kept_axes]
     size /= _parts(plan, inside)
     scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))
     if scattered:
