@@ -161,20 +161,27 @@ class _Parts:
         """`x` for every part; the gradient is summed over them."""
         return self.divided(jnp.broadcast_to(x, (self.count, *x.shape)))
 
-    def locally(self, function: Callable[..., Any], *arguments: Any, whole: int = 0) -> Any:
-        """`function` on what one device holds of the arguments; the last `whole` of them have no parts."""
-        if not self.axes:
-            return function(*arguments)
-        layout = context.current()
-        assert layout is not None
-        parts = PartitionSpec(self.axes)
-        return jax.shard_map(
-            function,
-            mesh=None if layout.manual else layout.mesh,
-            in_specs=(*[parts] * (len(arguments) - whole), *[PartitionSpec()] * whole),
-            out_specs=parts,
-            axis_names={self.axes} if isinstance(self.axes, str) else set(self.axes),
-        )(*arguments)
+    def locally(
+        self, function: Callable[..., Any], *arguments: jax.Array, whole: tuple[jax.Array, ...] = ()
+    ) -> Any:
+        """`function` on what one device holds: arguments and results [parts, ...] without that dim, then `whole` ones.
+
+        Best a single collective or product: remat would have a region hand out more than it can name, since what it
+        saves of nested regions varies over the axes around them too.
+        """
+        merged = [x.reshape(-1, *x.shape[2:]) for x in arguments]
+        if self.axes:
+            layout = context.current()
+            assert layout is not None
+            parts = PartitionSpec(self.axes)
+            function = jax.shard_map(
+                function,
+                mesh=None if layout.manual else layout.mesh,
+                in_specs=(*[parts] * len(merged), *[PartitionSpec()] * len(whole)),
+                out_specs=parts,
+                axis_names={self.axes} if isinstance(self.axes, str) else set(self.axes),
+            )
+        return jax.tree.map(lambda y: y.reshape(self.count, -1, *y.shape[1:]), function(*merged, *whole))
 
 
 def _exchanged(
@@ -220,8 +227,8 @@ def _with_capacity(
     if n == 1:
         return apply(rows, product)
     # [experts, places, D] <-> [experts held, n * places, D]
-    there = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=1, concat_axis=2, tiled=True)
-    back = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=2, concat_axis=1, tiled=True)
+    there = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=1, tiled=True)
+    back = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=1, concat_axis=0, tiled=True)
     rows = checkpoint_name(tensor.locally(there, rows), REDUCED)
     return checkpoint_name(tensor.locally(back, apply(rows, product)), REDUCED)
 
@@ -253,26 +260,23 @@ def _without_drops(
     return checkpoint_name(_ragged_exchange(rows, sent.T, width, height, tensor), REDUCED)
 
 
-def _ragged_dot(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    flat = kernels.reshape(*kernels.shape[1:3], -1)
-    return jax.lax.ragged_dot(rows[0], flat, sizes).reshape(1, rows.shape[1], *kernels.shape[3:])
-
-
-# The local regions are inside the rule: differentiated from outside they would hand out residuals that vary over the
-# axes around them too, which nested regions cannot say.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _ragged_product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, tensor: _Parts) -> jax.Array:
     """[parts, rows, in] in the order of their experts, times [parts, experts, in, *out]."""
-    return tensor.locally(_ragged_dot, rows, kernels, sizes, whole=1)
+    flat = kernels.reshape(*kernels.shape[:3], -1)
+    made = tensor.locally(jax.lax.ragged_dot, rows, flat, whole=(sizes,))
+    return made.reshape(*rows.shape[:2], *kernels.shape[3:])
 
 
 def _ragged_product_backward(tensor: _Parts, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
     rows, kernels, sizes = saved
 
     def local(rows: jax.Array, kernels: jax.Array, gradient: jax.Array, sizes: jax.Array) -> Any:
-        return jax.vjp(lambda r, k: _ragged_dot(r, k, sizes), rows, kernels)[1](gradient)
+        return jax.vjp(lambda r, k: jax.lax.ragged_dot(r, k, sizes), rows, kernels)[1](gradient)
 
-    return *tensor.locally(local, rows, kernels, gradient, sizes, whole=1), None
+    flat = kernels.reshape(*kernels.shape[:3], -1), gradient.reshape(*gradient.shape[:2], -1)
+    of_rows, of_kernels = tensor.locally(local, rows, *flat, whole=(sizes,))
+    return of_rows, of_kernels.reshape(kernels.shape), None
 
 
 _ragged_product.defvjp(
@@ -290,8 +294,7 @@ def _ragged_exchange(rows: jax.Array, sent: jax.Array, width: int, height: int, 
 
     `sent`: [n, n], the same on every device: how many rows go from one to the other, at most `width`.
     """
-    local = _ragged if _has_ragged() else _padded
-    return tensor.locally(lambda rows, sent: local(rows[0], sent, width, height)[None], rows, sent, whole=1)
+    return (_ragged if _has_ragged() else _padded)(rows, sent, width, height, tensor)
 
 
 _ragged_exchange.defvjp(
@@ -313,24 +316,25 @@ def _has_ragged() -> bool:
     return device.platform != "cpu"
 
 
-def _ragged(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Array:
+def _ragged(rows: jax.Array, sent: jax.Array, width: int, height: int, tensor: _Parts) -> jax.Array:
     me = jax.lax.axis_index(AXIS)
     begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
-    out = varying(jnp.zeros((height, rows.shape[1]), rows.dtype), tuple(jax.typeof(rows).mat.varying))
-    return jax.lax.ragged_all_to_all(rows, out, begin[me], sent[me], land[me], sent[:, me], axis_name=AXIS)
+    out = jnp.zeros((rows.shape[0], height, rows.shape[2]), rows.dtype)
+    out = tensor.divided(varying(out, tuple(jax.typeof(rows).mat.varying)))
+    send = functools.partial(jax.lax.ragged_all_to_all, axis_name=AXIS)
+    return tensor.locally(send, rows, out, whole=(begin[me], sent[me], land[me], sent[:, me]))
 
 
-def _padded(rows: jax.Array, sent: jax.Array, width: int, height: int) -> jax.Array:
+def _padded(rows: jax.Array, sent: jax.Array, width: int, height: int, tensor: _Parts) -> jax.Array:
     """The same rows by an all-to-all of buffers of the largest size there can be."""
     me, step, row = jax.lax.axis_index(AXIS), jnp.arange(width), jnp.arange(height)
     begin, land = jnp.cumsum(sent, 1) - sent, jnp.cumsum(sent, 0) - sent
-    inside = step < sent[me][:, None]
-    index = jnp.where(inside, begin[me][:, None] + step, rows.shape[0])
-    buffers = jax.lax.all_to_all(_take(rows[None], index)[0], AXIS, 0, 0, tiled=True)
-    buffers = buffers.reshape(-1, rows.shape[1])
+    index = jnp.where(step < sent[me][:, None], begin[me][:, None] + step, rows.shape[1])
+    send = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
+    buffers = tensor.locally(send, _take(rows, index.reshape(-1)))
     sender = _piece(sent[:, me], height)
     there = sender * width + row - land[jnp.minimum(sender, len(sent) - 1), me]
-    return _take(buffers[None], jnp.where(sender < len(sent), there, buffers.shape[0]))[0]
+    return _take(buffers, jnp.where(sender < len(sent), there, buffers.shape[1]))
 
 
 def _piece(sizes: jax.Array, length: int) -> jax.Array:
