@@ -151,6 +151,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         rules=config.rules,
         microbatches=microbatches,
         groups=groups,
+        attention=config.attention,
         precision=config.precision,
         learning_rate=pieces.learning_rate,
     )

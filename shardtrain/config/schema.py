@@ -121,6 +121,7 @@ class Monitor:
 class RunConfig:
     """One run. `global_batch` in rows; `eval_every`, `checkpoint_every` in steps, 0 for never.
 
+    `attention`: under a `context` axis, how queries meet the keys of other devices.
     `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
@@ -135,6 +136,7 @@ class RunConfig:
     microbatches: int = 1
     groups: int | None = None
     precision: Literal["f32", "bf16"] = "f32"
+    attention: Literal["ring", "gather", "ulysses"] = "ring"
     global_batch: int = 64
     steps: int = 100
     seed: int = 0
@@ -151,7 +153,18 @@ class RunConfig:
 
 KINDS: Mapping[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "moe": MoEConfig, "custom": Custom}
 
-LAYOUT_FIELDS = ("mesh", "dcn", "rules", "microbatches", "groups", "devices", "output", "monitor", "keep")
+LAYOUT_FIELDS = (
+    "attention",
+    "mesh",
+    "dcn",
+    "rules",
+    "microbatches",
+    "groups",
+    "devices",
+    "output",
+    "monitor",
+    "keep",
+)
 """Fields that say where and how a run goes, not what it trains: they may change on resume.
 
 So may `steps`, `eval_every`, `eval_rows`, `checkpoint_every`, `sample`, `sample_tokens` (see `load.difference`);

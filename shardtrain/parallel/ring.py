@@ -26,7 +26,7 @@ from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
 
-CHUNK = 1024  # queries whose scores with one piece of keys exist at a time
+CHUNK, FEW = 512, 128  # queries whose scores with one piece of keys exist at a time; so few are not cut
 LEAST = -1e30  # a masked score; finite, so that differences of two are not NaN
 
 Pieces = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -285,10 +285,10 @@ def _gradients(
         dk = jnp.einsum("bngst,bngsh->bnth", dscores, q, preferred_element_type=wide)
         return dq, (dk, dv)
 
-    if q.shape[3] <= CHUNK:
+    size = _chunk(q.shape[3])
+    if size == q.shape[3]:
         dq, (dk, dv) = one((q, mask, logs, delta, dout))
         return dq, dk, dv
-    size = _divisor(q.shape[3])
 
     def add(total: Any, xs: Any) -> Any:
         dq, more = one(xs)
@@ -346,14 +346,16 @@ def _unpiece(x: jax.Array) -> jax.Array:
 
 
 def _in_chunks(one: Callable[[Any], Any], xs: Any, length: int) -> Any:
-    """`one` on at most `CHUNK` queries at a time."""
-    if length <= CHUNK:
-        return one(xs)
-    return _joined(jax.lax.map(one, _cut(xs, _divisor(length))))
+    """`one` on some of the queries at a time."""
+    size = _chunk(length)
+    return one(xs) if size == length else _joined(jax.lax.map(one, _cut(xs, size)))
 
 
-def _divisor(length: int) -> int:
-    return next(d for d in range(CHUNK, 0, -1) if length % d == 0)
+def _chunk(length: int) -> int:
+    """A loop even where two chunks would do: without one, compilers keep the scores of several products at once."""
+    if length <= FEW:
+        return length
+    return next(d for d in range(min(CHUNK, length // 2), 0, -1) if length % d == 0)
 
 
 def _cut(xs: Any, size: int) -> Any:

@@ -66,6 +66,7 @@ def fit(
     annotations: Any = None,
     trainable: Any = None,
     learning_rate: Any = None,
+    attention: str = "ring",
     seed: int = 0,
     eval_data: Any = None,
     eval_loss_fn: Callable[..., Any] | None = None,
@@ -86,7 +87,7 @@ def fit(
 
     Args:
         model, loss_fn, optimizer, mesh, rules, microbatches, groups, precision, annotations, trainable,
-            learning_rate: see `st.plan`.
+            learning_rate, attention: see `st.plan`.
         data: a loader, a dict of arrays, or any iterable of batches (dicts or tuples of arrays, NumPy or
             PyTorch on the CPU).
         steps: train up to this step.
@@ -125,6 +126,7 @@ def fit(
         annotations=annotations,
         trainable=trainable,
         learning_rate=learning_rate,
+        attention=attention,
     )
     return fit_plan(
         made,

@@ -16,6 +16,10 @@ updates      an updated parameter that is whole while its optimizer state is div
 tables       a leaf that is only looked up in, where the model lets us (st.lookup): all-gather of the token ids and
              an all-to-all of the rows, forward and backward, where that is less than gathering the table; of a part
              of the sequence where tensor divides both the vocabulary and the sequence.
+attention    over a divided sequence (context): keys and values reach every device, f*K forward and again for the
+             backward, and their gradients come home, f*K; under ulysses an all-to-all of queries, keys and values
+             and one of the output, f*(2Q + K)/n forward and as much backward, of Q and K bytes of whole sequences.
+             Liu et al. (arXiv 2310.01889); Jacobs et al. (arXiv 2309.14509).
 activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
@@ -102,6 +106,7 @@ def minimum(plan: Plan) -> Minimum:
         if path in trained:
             _gradients(plan, leaf, calls, add)
     _activations(plan, carried, calls, add)
+    _attention(plan, carried, calls, add)
     _experts(plan, carried, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
 
@@ -114,9 +119,9 @@ def _share(n: int) -> float:
     return (n - 1) / n
 
 
-def _apart(leaf: Leaf) -> set[str]:
-    """Mesh axes along which devices have different parts of a leaf, all through the step."""
-    return {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes}
+def _size(plan: Plan, leaf: Leaf) -> float:
+    """Elements of a leaf that one device has when it is whole along what is gathered."""
+    return math.prod(leaf.shape) / _parts(plan, {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes})
 
 
 def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
@@ -124,7 +129,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
     share = _share(_parts(plan, shard.axes))
-    size = math.prod(leaf.shape) / _parts(plan, _apart(leaf))
+    size = _size(plan, leaf)
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
@@ -161,9 +166,9 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
 
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
-    size = math.prod(leaf.shape) / _parts(plan, _apart(leaf)) * jnp.dtype(shard.reduce).itemsize
+    size = _size(plan, leaf) * jnp.dtype(shard.reduce).itemsize
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
-    rest = [a for a in plan.rules.batch_axes(plan.mesh) if a not in inside and a not in shard.kept_axes]
+    rest = [a for a in plan.manual_axes if a not in inside and a not in shard.kept_axes]
     size /= _parts(plan, inside)
     scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))
     if scattered:
@@ -186,7 +191,7 @@ def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
 
 
 def _traffic(plan: Plan) -> Traffic:
-    tensor = frozenset(a for a in plan.mesh.shape if a not in plan.rules.batch_axes(plan.mesh))
+    tensor = frozenset(a for a in plan.mesh.shape if a not in plan.manual_axes)
     names = {path: leaf.logical or () for path, leaf in plan.leaves.items()}
     return traffic(
         plan.group_loss,
@@ -201,12 +206,10 @@ def _traffic(plan: Plan) -> Traffic:
 
 
 def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
-    axes = tuple(
-        a for a in plan.mesh.shape if a not in plan.rules.batch_axes(plan.mesh) and plan.mesh.shape[a] > 1
-    )
+    axes = tuple(a for a in plan.mesh.shape if a not in plan.manual_axes and plan.mesh.shape[a] > 1)
     if not axes or not carried.edges:
         return
-    share = _share(_parts(plan, axes))
+    share = _share(_parts(plan, axes)) / plan.sequence_parts  # each device has its part of the sequence
     outputs = calls * carried.total("output", "lookup")
     inputs = calls * carried.total("input")
     if plan.sequence_divided:
@@ -231,6 +234,26 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
     add("softmax of the head", "all-reduce", axes, 3 * 2 * share * scalars, "2f * 3 float32 scalars a token")
 
 
+def _attention(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
+    axes, n = plan.sequence_axes, plan.sequence_parts
+    if n == 1:
+        return
+    free = {a for a in plan.mesh.shape if a not in plan.manual_axes}
+    divided = lambda name: _parts(plan, free & set(plan.rules.activations.get(name, ())))  # noqa: E731
+    queries = calls * _share(n) * carried.total("queries") / divided("heads")
+    keys = calls * _share(n) * carried.total("keys") / divided("kv_heads")
+    if plan.attention == "ulysses":
+        moved = (2 * queries + keys) / n
+        add("attention forward", "all-to-all", axes, moved, "f*(2Q + K)/n")
+        add("attention backward", "all-to-all", axes, moved, "f*(2Q + K)/n")
+        return
+    ring = plan.attention == "ring"
+    there, home = ("collective-permute",) * 2 if ring else ("all-gather", "reduce-scatter")
+    add("keys forward", there, axes, keys, "f*K")
+    add("keys backward", there, axes, keys, "f*K")
+    add("gradients of keys", home, axes, keys, "f*K")
+
+
 def _experts(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
     held = {
         axis
@@ -240,5 +263,5 @@ def _experts(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
         if name == "expert" and axis == AXIS
     }
     if held:
-        sent = 4 * _share(plan.mesh.shape[AXIS]) * calls * carried.total("expert")
+        sent = 4 * _share(plan.mesh.shape[AXIS]) * calls * carried.total("experts")
         add("tokens to experts and back", "all-to-all", (AXIS,), sent, "4f*S*D")

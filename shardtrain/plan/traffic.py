@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.attention import KEYS, QUERIES
 from shardtrain.parallel.expert import OF_EXPERTS, SENT
 from shardtrain.parallel.lookup import LOOKED_UP
 from shardtrain.plan.lines import equation_line
@@ -33,8 +34,9 @@ class Edge:
     """One activation that crosses the axis: `bytes` of it for one group, all runs of a loop together.
 
     `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
-    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens), expert (what an exchange
-    of tokens sends once; that crosses the expert axis).
+    scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens). Queries, and keys (with
+    values), of attention, and experts, what goes to them (`path` is empty): what a divided sequence, and an exchange
+    of tokens, have to move.
     """
 
     kind: str
@@ -77,6 +79,7 @@ _SAME = {
     "pcast",
     "pvary",
 }
+_MARKED = {QUERIES: "queries", KEYS: "keys", SENT: "experts"}
 _MOVING = {*_SAME, "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
 _PRODUCTS = ("dot_general", "ragged_dot_general")
 _LOOSE = {*_SAME, "reshape", "transpose", "squeeze", "expand_dims", "reduce_precision"}
@@ -176,10 +179,10 @@ class _Walk:
     def _plain(self, eqn: Any, ins: list[_Value], times: int) -> list[_Value]:
         name, first, rest = eqn.primitive.name, ins[0] if ins else _Value(), ins[1:]
         made = _Value(None, any(v.grad for v in ins), first.root if name in _LOOSE else object())
+        if name == "name" and eqn.params["name"] in _MARKED:
+            self.edges.append(Edge(_MARKED[eqn.params["name"]], "", times * _bytes(eqn.outvars[0]), True))
         if name in _PRODUCTS:
             self._dot(eqn, ins[:2], times)
-        elif name == "name" and eqn.params["name"] == SENT:
-            self.edges.append(Edge("expert", "", times * _bytes(eqn.invars[0]), True))
         elif name == "gather" and first.weight is not None:
             self._lookup(eqn, first.weight, times)
         elif first.weight is not None:

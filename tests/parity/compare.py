@@ -24,6 +24,11 @@ LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
     "hybrid": ({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tensor", 2),
     "hsdp": ({"data": 2, "fsdp": 4}, "fsdp", 1),
     "zero1-tensor": ({"data": 4, "tensor": 2}, "zero1_tensor", 2),
+    "context8": ({"context": 8}, "fsdp_tensor", 8),
+    "context4-data2": ({"data": 2, "context": 4}, "zero1", 4),
+    "context2-hybrid": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor", 4),
+    "context2-sequence": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor_sequence", 4),
+    "slices-context": ({"slice": 2, "context": 2, "tensor": 2}, "fsdp_tensor", 4),
     "slices": ({"slice": 2, "data": 2, "tensor": 2}, "tensor", 2),
 }
 EXPERT_LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {

@@ -27,7 +27,7 @@ def wide_collective(step: Compiled) -> Iterator[Finding]:
     plan = step.plan
     if plan.compute.dtype != jnp.bfloat16 or step.platform == "cpu":  # the CPU compiler widens by itself
         return
-    batch = set(plan.rules.batch_axes(plan.mesh))
+    batch = set(plan.manual_axes)
     allowed = {jnp.dtype(leaf.shard.reduce) for leaf in plan.leaves.values()}
     total = step.collectives().wire_bytes
     # Across slices whole gradients are scattered, reduced and gathered again.
@@ -79,7 +79,7 @@ def gathered_activation(step: Compiled) -> Iterator[Finding]:
     plan = step.plan
     named = [zip(leaf.shape, leaf.logical or (), strict=False) for leaf in plan.leaves.values()]
     vocab = {size for dims in named for size, name in dims if name == "vocab"}
-    batch = set(plan.rules.batch_axes(plan.mesh))
+    batch = set(plan.manual_axes)
     for c in large(step):
         shapes = [
             tuple(int(d) for d in dims.split(",") if d) for dims in re.findall(r"\[([\d,]*)\]", c.shape)
@@ -110,7 +110,7 @@ def gathered_activation(step: Compiled) -> Iterator[Finding]:
 
 def gathered_weight(step: Compiled) -> Iterator[Finding]:
     """A parameter that tensor divides, made whole: its products should stay divided."""
-    program, batch = step.program(), set(step.plan.rules.batch_axes(step.plan.mesh))
+    program, batch = step.program(), set(step.plan.manual_axes)
     entry, names = Body(program, program.entry), list(flatten(step.plan.abstract_state))
     for c in large(step):
         if c.op != "all-gather" or c.computation != program.entry or set(c.axes) & batch:
