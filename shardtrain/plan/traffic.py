@@ -221,9 +221,8 @@ class _Walk:
             shape = eqn.invars[other].aval.shape
             contracted = [set(dims) for dims in _contracted(eqn)]
             rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
-            share = (
-                weight.tokens / rows if weight.tokens else 1
-            )  # of what goes through experts, each token once
+            # Of what goes through experts, each token crosses once.
+            share = weight.tokens / rows if weight.tokens else 1
             if weight.divided & contracted[side]:
                 self.edges.append(Edge("output", weight.path, times * share * _bytes(eqn.outvars[0]), True))
             elif weight.divided:
@@ -315,10 +314,8 @@ def _bytes(v: Any) -> float:
 
 
 def _contracted(eqn: Any) -> Any:
-    numbers = eqn.params.get("dimension_numbers")
-    return (eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers if numbers is None else numbers)[
-        0
-    ]
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    return (eqn.params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers)[0]
 
 
 def divided_dims(spec: PartitionSpec, axes: frozenset[str]) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,7 @@ from shardtrain.train import step as steps
 SIZES = dict(vocab=128, sequence=32, embed=64, heads=4, kv_heads=4, experts=8, expert_mlp=32, dropout=0.1)
 CONFIGS = {
     # Both are balanced by a bias, so that their state tells who was chosen how often.
-    "capacity": MoEConfig(**SIZES, layers=2, chosen=2, capacity=1.0, remat="full", bias_rate=0.001),
+    "capacity": MoEConfig(**SIZES, layers=1, chosen=2, capacity=1.0, remat="full", bias_rate=0.001),
     "dropless": MoEConfig(
         **SIZES,
         layers=2,
@@ -33,7 +34,7 @@ LOAD, BIAS = "variables/blocks/mlp/load", "variables/blocks/mlp/bias"
 @functools.cache
 def trained(name: str, layout: str | None) -> Trained:
     return train(
-        lambda rngs: build_model(CONFIGS[name], rngs), language_model_loss, batches(), layout, steps=3
+        lambda rngs: build_model(CONFIGS[name], rngs), language_model_loss, batches(), layout, steps=2
     )
 
 
@@ -45,8 +46,14 @@ def flips(a: Trained, b: Trained) -> float:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(("capacity", layout) for layout in EXPERT_LAYOUTS if layout != "expert-context"),
-        *(("dropless", layout) for layout in ("fsdp-expert", "expert-tensor-fsdp", "expert-context")),
+        *(("capacity", layout) for layout in ("expert8", "expert-tensor-fsdp", "expert-sequence")),
+        *(("dropless", layout) for layout in ("data-expert", "fsdp-expert", "expert-context")),
+        *(
+            pytest.param(name, layout, marks=pytest.mark.slow)
+            for name in CONFIGS
+            for layout in EXPERT_LAYOUTS
+            if (name, layout) != ("capacity", "expert-context")
+        ),
     ],
 )
 def test_experts(name, layout, record_property):
@@ -68,8 +75,6 @@ def test_a_reduction_too_many_is_seen(monkeypatch):
     true = steps.reduce_leaf
 
     def over_all(gradient, shard, target, axes):
-        import jax
-
         reduced = true(gradient, shard, target, axes)
         return jax.lax.psum(reduced, "expert") if shard.kept else reduced
 

@@ -248,7 +248,7 @@ def alone(factor):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.25])
-@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("n", [2, 8])
 def test_the_exchange_changes_nothing(n, factor):
     """Choices and drops bit for bit, values and gradients to rounding. The fault in mind: rows of another sender."""
     for skews in (["even"], ["one"], SKEWS):
