@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from shardtrain.parallel.fsdp import Shard, varying
+from shardtrain.parallel.fsdp import Shard, reduce_scatter, varying
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
 from shardtrain.sharding.rules import spec_axes
@@ -114,7 +114,7 @@ def _forward(table: jax.Array, ids: jax.Array, way: _Way) -> tuple[jax.Array, An
         if way.vocab:
             rows = jnp.where(mine[..., None], rows, 0).astype(shard.wire)
             rows = (
-                jax.lax.psum_scatter(rows, way.vocab, scatter_dimension=rows.ndim - 2, tiled=True)
+                reduce_scatter(rows, way.vocab, rows.ndim - 2)
                 if way.scatter
                 else jax.lax.psum(rows, way.vocab)
             )

@@ -14,8 +14,8 @@ from shardtrain.models.layers.rotary import rotate
 from shardtrain.parallel.attention import attention
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.sequence import positions
+from shardtrain.parallel.stream import column, row
 from shardtrain.sharding import constrain
-from shardtrain.sharding.constrain import enter_block, leave_block
 
 Cache = dict[str, jax.Array]
 """`k`, `v`: [batch, length, kv_heads, head_dim] of one layer."""
@@ -67,7 +67,7 @@ class SelfAttention(nnx.Module):
         position: jax.Array | int = 0,
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        q, k, v = self._project(enter_block(x_BTD))
+        q, k, v = self._project(x_BTD)
         if self.theta is not None:
             places = position + positions(x_BTD.shape[1])
             q, k = rotate(q, places, self.theta), rotate(k, places, self.theta)
@@ -83,13 +83,14 @@ class SelfAttention(nnx.Module):
             start_of_text = isinstance(position, int) and position == 0
             mixed = attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
         mixed = constrain(mixed, "batch", "seq_block", "heads", "head_dim")
-        y = jnp.einsum("bthk,hkd->btd", mixed, self.out_kernel[...])
-        y = checkpoint_name(leave_block(y), REDUCED)
+        y = row(mixed, self.out_kernel[...], "bthk,hkd->btd", "heads", "head_dim", "embed")
+        y = checkpoint_name(y, REDUCED)
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, T, heads, head_dim]; k, v [B, T, kv_heads, head_dim]."""
-        qkv = jnp.einsum("btd,dngh->btngh", x_BTD, self.qkv_kernel[...])
+        names = ("embed", "kv_heads", None, "head_dim")
+        qkv = column(x_BTD, self.qkv_kernel[...], "btd,dngh->btngh", *names)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         qkv = checkpoint_name(constrain(qkv, "batch", "seq_block", "kv_heads", None, "head_dim"), "qkv")

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.remat import REDUCED
+from shardtrain.parallel.stream import collect, split_dim
 from shardtrain.sharding import constrain, context
-from shardtrain.sharding.constrain import place, spec_of
+from shardtrain.sharding.constrain import spec_of
 
 FEW, MANY = 2**22, 2**26  # float32 logits alive at a time: 16 MiB are always fine, 256 MiB rarely better
 
@@ -72,7 +73,7 @@ def _along_tokens(tokens: int, wanted: int) -> Callable[[jax.Array], jax.Array]:
 def _along_sequence(
     shape: tuple[int, ...], wanted: int, stream: PartitionSpec
 ) -> tuple[Callable[[jax.Array], jax.Array], PartitionSpec]:
-    """`[B, T, ...] -> [chunks, B, parts, tokens, ...]`, and the spec of a chunk of x's gradient.
+    """`[B, T, ...] -> [chunks, parts, B, tokens, ...]`, and the spec of a chunk of x's gradient.
 
     A chunk takes tokens of every part of a divided sequence, so that the gradient of `x` leaves each chunk
     divided as the residual stream is: by a reduce-scatter.
@@ -86,9 +87,9 @@ def _along_sequence(
 
     def cut(array: jax.Array) -> jax.Array:
         split = array.reshape(shape[0], parts, chunks, each // chunks, *array.shape[2:])
-        return jnp.moveaxis(split, 2, 0)
+        return jnp.moveaxis(split, (2, 1), (0, 1))
 
-    return cut, PartitionSpec(stream[0], stream[1], None, None)
+    return cut, PartitionSpec(stream[1], stream[0], None, None)
 
 
 def chunk_size(tokens: int, embed: int, vocab: int) -> int:
@@ -143,9 +144,11 @@ def _forward(
         loss, gradient = _chunk(x, head, targets, weights)
         gradient = gradient.astype(x.dtype)
         # In the dtype of x: what crosses the tensor axis is as narrow as the activations.
-        x_gradient = jnp.einsum("...v,dv->...d", gradient, head).astype(x.dtype)
-        if spec is not None:
-            x_gradient = place(x_gradient, spec, context.current())
+        if spec is None:
+            x_gradient = jnp.einsum("...v,dv->...d", gradient, head).astype(x.dtype)
+        else:
+            split = (split_dim(g, g.ndim - 1, x.shape[0]) for g in (gradient, head))
+            x_gradient = collect(jnp.einsum("...zv,dzv->z...d", *split).astype(x.dtype), spec, 0)
         head_gradient += jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=jnp.float32)
         return constrain(head_gradient, None, "vocab"), (loss, x_gradient)
 

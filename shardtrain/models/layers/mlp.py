@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.parallel.remat import REDUCED
+from shardtrain.parallel.stream import column, row
 from shardtrain.sharding import constrain
-from shardtrain.sharding.constrain import enter_block, leave_block
 
 
 class Mlp(nnx.Module):
@@ -25,10 +24,10 @@ class Mlp(nnx.Module):
         self.down_bias = zeros(rngs, embed=embed)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = enter_block(x_BTD)
-        up = constrain(x_BTD @ self.up_kernel[...] + self.up_bias[...], "batch", "seq_block", "mlp")
+        up = column(x_BTD, self.up_kernel[...], "btd,df->btf", "embed", "mlp")
+        up = constrain(up + self.up_bias[...], "batch", "seq_block", "mlp")
         up = jax.nn.gelu(checkpoint_name(up, "mlp_up"))
-        y = leave_block(up @ self.down_kernel[...])
+        y = row(up, self.down_kernel[...], "btf,fd->btd", "mlp", "embed")
         return checkpoint_name(y, REDUCED) + self.down_bias[...]
 
 
@@ -45,9 +44,8 @@ class GatedMlp(nnx.Module):
         self.down_kernel = normal(rngs, out_stddev, mlp=mlp, embed=embed)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = enter_block(x_BTD)
-        both = jnp.einsum("btd,dcf->btcf", x_BTD, self.gate_up_kernel[...])
+        both = column(x_BTD, self.gate_up_kernel[...], "btd,dcf->btcf", "embed", None, "mlp")
         both = checkpoint_name(constrain(both, "batch", "seq_block", None, "mlp"), "mlp_up")
         hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
-        y = leave_block(hidden @ self.down_kernel[...])
+        y = row(hidden, self.down_kernel[...], "btf,fd->btd", "mlp", "embed")
         return checkpoint_name(y, REDUCED)

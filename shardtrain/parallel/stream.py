@@ -1,0 +1,159 @@
+"""Products at the edges of a block whose residual stream tensor divides along the sequence.
+
+`column` opens a block and `row` closes it. Where the stream is divided, each device's copy of the gathered stream, and
+its partial sum, are a dim of their own (`z`, divided over tensor), so that products stay local and the all-gather and
+the reduce-scatter between are written by hand, each other's transpose. Left to the partitioner, the TPU compiler makes
+all-reduces of the reduce-scatters over more than eight chips. Source: Korthikanti et al. (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from shardtrain.parallel.fsdp import reduce_scatter
+from shardtrain.parallel.remat import opaque
+from shardtrain.sharding import context
+from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
+
+
+def column(x: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -> jax.Array:
+    """`einsum(equation, x, kernel)` into a block, of a kernel whose other dims tensor may divide.
+
+    Args:
+        x: residual stream [batch, seq, embed]. equation: of letters other than z. names: logical axes of the kernel.
+
+    Communicates: where the stream is divided, an all-gather forward (f*X, and again where the backward recomputes), a
+    reduce-scatter backward; else what the partitioner makes of it, an all-reduce of the gradient of `x`.
+    """
+    way, dim = _way(x), _divided(names)
+    if way is None or dim is None:
+        return jnp.einsum(equation, enter_block(x), kernel)
+    left, right, out = _letters(equation)
+    letter = right[dim]
+    y = jnp.einsum(
+        f"z{left},{right.replace(letter, 'z' + letter)}->{out.replace(letter, 'z' + letter)}",
+        _travel(x, way, True),
+        split_dim(kernel, dim, way.parts),
+    )
+    return _merged(y, out.index(letter))
+
+
+def row(h: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -> jax.Array:
+    """`einsum(equation, h, kernel)` out of a block, summed over a dim that tensor may divide.
+
+    Args:
+        h: [batch, seq, ...]. names: logical axes of the kernel, contracted ones first.
+
+    Returns:
+        [batch, seq, embed] as the rules divide the residual stream.
+
+    Communicates: a reduce-scatter forward and an all-gather backward where the stream is divided, else an all-reduce.
+    """
+    left, right, out = _letters(equation)
+    dim = _divided(names)
+    way = None
+    if dim is not None:
+        way = _way(jax.ShapeDtypeStruct((*h.shape[:2], kernel.shape[-1]), h.dtype))
+    if way is None or dim is None:
+        return leave_block(jnp.einsum(equation, h, kernel))
+    letter = right[dim]
+    split = lambda letters: letters.replace(letter, "z" + letter)  # noqa: E731
+    y = jnp.einsum(
+        f"{split(left)},{split(right)}->z{out}",
+        split_dim(h, left.index(letter), way.parts),
+        split_dim(kernel, dim, way.parts),
+    )
+    return _travel(y, way, False)
+
+
+def collect(y: jax.Array, spec: PartitionSpec, dim: int) -> jax.Array:
+    """[parts, ...] partial sums, one of each device -> [...], summed and divided along `dim` as `spec` says."""
+    return _travel(y, _along(spec, dim), False)
+
+
+def split_dim(x: jax.Array, dim: int, parts: int) -> jax.Array:
+    """A dim as two, (parts, rest)."""
+    return x.reshape(*x.shape[:dim], parts, x.shape[dim] // parts, *x.shape[dim + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """`stream`: spec of what is divided; `axes` of its `dim`, of `parts` devices; `free`: all automatic axes."""
+
+    stream: PartitionSpec
+    dim: int
+    axes: tuple[str, ...]
+    parts: int
+    free: frozenset[str]
+
+    @property
+    def copies(self) -> PartitionSpec:
+        """Of one copy, or partial sum, for each device."""
+        return PartitionSpec(self.axes, *[None if d == self.dim else e for d, e in enumerate(self.stream)])
+
+
+def _way(x: Any) -> _Way | None:
+    """How [batch, seq, embed] is divided between blocks; None where it is not, or not otherwise than in them."""
+    stream, inside = spec_of(x, "batch", "seq", "embed"), spec_of(x, "batch", "seq_block", "embed")
+    return None if stream is None or stream == inside else _along(stream, 1)
+
+
+def _along(spec: PartitionSpec, dim: int) -> _Way:
+    layout = context.current()
+    assert layout is not None and layout.mesh is not None
+    axes = spec[dim] if isinstance(spec[dim], tuple) else (spec[dim],)
+    free = frozenset(a for a in layout.mesh.shape if a not in layout.manual)
+    return _Way(spec, dim, axes, math.prod(layout.mesh.shape[a] for a in axes), free)
+
+
+def _divided(names: tuple[str | None, ...]) -> int | None:
+    """The dim of a kernel that automatic mesh axes divide."""
+    layout = context.current()
+    if layout is None or layout.mesh is None:
+        return None
+    for dim, name in enumerate(names):
+        axes = layout.activations.get(name, ()) if name else ()
+        if any(layout.mesh.shape.get(a, 1) > 1 and a not in layout.manual for a in axes):
+            return dim
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _travel(x: jax.Array, way: _Way, spread: bool) -> jax.Array:
+    """Spread: the divided stream to a copy on each device; else partial sums to the divided stream."""
+    layout = context.current()
+    assert layout is not None
+
+    def there(local: jax.Array) -> jax.Array:
+        if spread:
+            return jax.lax.all_gather(local, way.axes, axis=way.dim, tiled=True)[None]
+        return reduce_scatter(local[0], way.axes, way.dim)
+
+    ins, outs = (way.stream, way.copies) if spread else (way.copies, way.stream)
+    mesh = None if layout.manual else layout.mesh
+    run = jax.shard_map(there, mesh=mesh, in_specs=ins, out_specs=outs, axis_names=set(way.free))
+    return opaque(run)(place(x, ins, layout))
+
+
+def _travel_back(way: _Way, spread: bool, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
+    return (_travel(gradient, way, not spread),)
+
+
+_travel.defvjp(lambda x, way, spread: (_travel(x, way, spread), ()), _travel_back)
+
+
+def _letters(equation: str) -> tuple[str, str, str]:
+    ins, out = equation.split("->")
+    left, right = ins.split(",")
+    return left, right, out
+
+
+def _merged(x: jax.Array, dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :])
