@@ -63,19 +63,7 @@ def train(
     **options: Any,
 ) -> Trained:
     """First-step gradients, then `steps` steps. `layout=None` is one device with the same groups."""
-    sizes, rules, micro = {**LAYOUTS, **EXPERT_LAYOUTS}[layout] if layout else ({"data": 1}, "fsdp_tensor", 1)
-    options = {"rules": rules, **options}
-    devices = None if layout else jax.devices()[:1]
-    plan = st.plan(
-        model,
-        loss,
-        optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3)),
-        batch=st.batch_spec(**batches[0]),
-        mesh=st.make_mesh(devices=devices, **sizes),
-        microbatches=micro,
-        groups=GROUPS,
-        **options,
-    )
+    plan = planned(model, loss, batches[0], layout, optimizer, **options)
     state = plan.init(0)
     gradients = jax.device_get(flatten(jax.jit(plan.gradients)(state, plan.put(batches[0]))[0]))
     step = plan.compile()
@@ -91,6 +79,28 @@ def train(
         jax.device_get(flatten(state.params)),
         jax.device_get(flatten(state.model_state)),
         {k: float(v) for k, v in metrics.items()},
+    )
+
+
+def planned(
+    model: Any,
+    loss: Callable[..., Any],
+    batch: dict[str, np.ndarray],
+    layout: str | None,
+    optimizer: optax.GradientTransformation | None = None,
+    **options: Any,
+) -> st.Plan:
+    """On a layout, or with None on one device, of `GROUPS` groups."""
+    sizes, rules, micro = {**LAYOUTS, **EXPERT_LAYOUTS}[layout] if layout else ({"data": 1}, "fsdp_tensor", 1)
+    return st.plan(
+        model,
+        loss,
+        optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3)),
+        batch=st.batch_spec(**batch),
+        mesh=st.make_mesh(devices=None if layout else jax.devices()[:1], **sizes),
+        microbatches=micro,
+        groups=GROUPS,
+        **{"rules": rules, **options},
     )
 
 
