@@ -30,17 +30,24 @@ _HOMES = {
     "shardtrain.parallel.groups": ("Loss",),
     "shardtrain.parallel.lookup": ("lookup",),
     "shardtrain.parallel.sequence": ("positions",),
+    "shardtrain.parallel.stages": ("Stages",),
     "shardtrain.plan.audit": ("audit",),
     "shardtrain.plan.expected": ("assert_collectives",),
     "shardtrain.plan.fit": ("Run", "fit"),
     "shardtrain.plan.model": ("linen",),
     "shardtrain.plan.given": ("batch_spec",),
     "shardtrain.plan.plan": ("Plan",),
+    "shardtrain.plan.verify": ("verify",),
     "shardtrain.sharding": ("Rules", "annotate", "constrain", "logical"),
     "shardtrain.train.state": ("TrainState",),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = {"plan": "shardtrain.plan", "rules": "shardtrain.parallel.presets"}
+_MODULES = {
+    "plan": "shardtrain.plan",
+    "rules": "shardtrain.parallel.presets",
+    "schedules": "shardtrain.parallel.schedules",
+    "timeline": "shardtrain.parallel.timeline",
+}
 
 __all__ = ["__version__", *sorted([*_MODULES, *_WHERE])]
 

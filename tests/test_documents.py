@@ -47,6 +47,13 @@ def test_the_smallest_example(sizes, tmp_path):
     assert out.endswith("True\n")
 
 
+def test_the_pipeline(tmp_path):
+    """Layer 1 on device A, layer 2 on device B: it learns, and the picture has both. The fault in mind: a renamed part."""
+    code = next(b for b in BLOCKS if "st.Stages(" in b)
+    out = run(code + "\nprint(run.history[0]['loss'] > run.history[-1]['loss'])", tmp_path)
+    assert "stage 0" in out and "stage 1" in out and out.endswith("True\n")
+
+
 def test_the_error_shown(tmp_path):
     """The README's error message is the one that users get, to the letter."""
     shown = re.search(r"```\n(ShardingError: .*?)\n```", README, re.S).group(1)

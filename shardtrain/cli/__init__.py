@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "run a config; the same command on the same output resumes it",
     "plan": "where every array lives, bytes, collectives; nothing is trained",
     "audit": "collectives against the minimum, findings with source lines; exit 1 on one",
+    "verify": "the same training on one device and on other layouts, leaf by leaf; exit 1 where one differs",
     "config": "the resolved config, and what differs from the defaults",
     "generate": "text from a trained run",
     "data": "prepare: the user's text, tokenised and packed",

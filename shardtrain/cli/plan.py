@@ -40,12 +40,17 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if not options.json:
         print(made)
         print(f"\n{memory}\n\n{collectives}\n\nmemory and collectives: {source}")
+        if made.pipeline is not None:
+            print(
+                f"\n{made.pipeline.timeline()}\n\non paper: a backward is a forward again and as much for each of its halves"
+            )
     flops = pieces.flops_per_row * made.global_batch if pieces.flops_per_row else None
     return shell.DONE, {
         "target": f"{name}:{made.mesh.size}",
         "mesh": dict(made.mesh.shape),
         "rules": made.rules.name,
         "groups": made.groups,
+        "pipeline": _pipeline(made),
         "parameters": made.parameter_count,
         "fits": memory["peak"] <= chip.hbm_bytes if chip else None,
         "memory": {
@@ -62,6 +67,21 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "tokens_per_second": None,
         "mfu": None,
         "source": source,
+    }
+
+
+def _pipeline(made: Any) -> dict[str, Any] | None:
+    """Schedule and bubble as the program runs it, on paper; None without stages."""
+    if made.pipeline is None:
+        return None
+    timeline, deal = made.pipeline.timeline(), made.pipeline.deal
+    return {
+        "schedule": made.pipeline.schedule.name,
+        "stages": deal.stages,
+        "microbatches": made.microbatches,
+        "bubble": timeline.bubble,
+        "inputs_kept": max(timeline.in_flight),
+        "layers_per_piece": deal.longest,
     }
 
 

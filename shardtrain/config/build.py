@@ -150,6 +150,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         mesh=pieces.mesh,
         rules=config.rules,
         microbatches=microbatches,
+        schedule=config.schedule,
         groups=groups,
         attention=config.attention,
         precision=config.precision,

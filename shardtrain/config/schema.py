@@ -125,6 +125,7 @@ class RunConfig:
     `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
+    `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     """
 
     model: GPTConfig | LlamaConfig | MoEConfig | Custom
@@ -134,6 +135,7 @@ class RunConfig:
     dcn: Dcn = Dcn()
     rules: str = "fsdp_tensor"
     microbatches: int = 1
+    schedule: str = "1f1b"
     groups: int | None = None
     precision: Literal["f32", "bf16"] = "f32"
     attention: Literal["ring", "gather", "ulysses"] = "ring"
@@ -159,6 +161,7 @@ LAYOUT_FIELDS = (
     "dcn",
     "rules",
     "microbatches",
+    "schedule",
     "groups",
     "devices",
     "output",

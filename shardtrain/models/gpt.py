@@ -15,7 +15,7 @@ from shardtrain.models.layers.attention import Cache, SelfAttention
 from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import Mlp
 from shardtrain.models.layers.norm import LayerNorm
-from shardtrain.models.layers.stack import scan_blocks, stack
+from shardtrain.models.layers.stack import stack
 from shardtrain.parallel.lookup import lookup
 from shardtrain.parallel.sequence import own, parts
 from shardtrain.sharding import constrain
@@ -112,15 +112,12 @@ class GPT(LanguageModel):
         self.final_norm = LayerNorm(c.embed, rngs)
         self.head_kernel = None if c.tied else normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
 
-    def forward(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        cache: Any = None,
-        position: jax.Array | int = 0,
-        segments: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+    def keys(self, key: jax.Array | None) -> Any:
+        return (None, None) if key is None else jax.random.split(key)
+
+    def embed(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, position: jax.Array | int = 0
+    ) -> jax.Array:
         length = tokens_BT.shape[1] * parts()
         if length > self.config.sequence:
             raise ConfigError(
@@ -128,22 +125,10 @@ class GPT(LanguageModel):
                 where="GPT",
                 fix="a shorter sequence, or a model with a larger one",
             )
-        keys: Any = (None, None) if key is None else jax.random.split(key)
         here = own(jax.lax.dynamic_slice_in_dim(self.position_table[...], position, length))
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
         x_BTD = constrain(x_BTD + join_stream(here), "batch", "seq", "embed")
-        x_BTD = self.dropout(x_BTD, keys[0])
-        x_BTD, cache = scan_blocks(
-            self.blocks,
-            x_BTD,
-            path="blocks",
-            policy=self.config.remat,
-            key=keys[1],
-            cache=cache,
-            position=position,
-            segments=segments,
-        )
-        return self.final_norm(x_BTD), cache
+        return self.dropout(x_BTD, key)
 
     def head(self) -> jax.Array:
         return self.token_table[...].T if self.head_kernel is None else self.head_kernel[...]

@@ -13,8 +13,9 @@ from flax import nnx
 
 from shardtrain.errors import ConfigError
 from shardtrain.models.layers.cross_entropy import cross_entropy
-from shardtrain.models.layers.stack import empty_caches
+from shardtrain.models.layers.stack import empty_caches, scan_blocks
 from shardtrain.parallel.groups import Loss
+from shardtrain.parallel.stages import Stages
 from shardtrain.sharding import constrain
 from shardtrain.sharding.constrain import enter_block
 
@@ -32,12 +33,25 @@ class LanguageModel(nnx.Module):
 
     Parameters are float32; activations have the dtype of the parameters (a Plan casts them), while norms,
     softmax, logits and loss are float32. Dropout needs a `key`, and is off after `model.eval()`.
+    `staged`: the loss is `embed`, `blocks` and `head`, one after the other, and nothing else.
     """
+
+    staged = True
 
     config: Any
     blocks: Any
+    final_norm: Any
 
     @abc.abstractmethod
+    def embed(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, position: jax.Array | int = 0
+    ) -> jax.Array:
+        """What enters the first block [B, T, D], for tokens that stand at `position` and after."""
+
+    def keys(self, key: jax.Array | None) -> Any:
+        """Keys of `embed` and of the blocks, from the model's."""
+        return None, key
+
     def forward(
         self,
         tokens_BT: jax.Array,
@@ -48,6 +62,18 @@ class LanguageModel(nnx.Module):
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Hidden states and the cache, with these tokens added to it at `position`."""
+        keys = self.keys(key)
+        x_BTD, cache = scan_blocks(
+            self.blocks,
+            self.embed(tokens_BT, key=keys[0], position=position),
+            path="blocks",
+            policy=self.config.remat,
+            key=keys[1],
+            cache=cache,
+            position=position,
+            segments=segments,
+        )
+        return self.final_norm(x_BTD), cache
 
     @abc.abstractmethod
     def head(self) -> jax.Array:
@@ -65,9 +91,9 @@ class LanguageModel(nnx.Module):
 
     def hidden_and_auxiliary(
         self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> tuple[jax.Array, Auxiliary | None]:
-        """As `hidden`, and what the model adds to the loss; None: nothing."""
-        return self.hidden(tokens_BT, key=key, segments=segments), None
+    ) -> tuple[jax.Array, Auxiliary]:
+        """Of a model that is not `staged`: as `hidden`, and what it adds to the loss."""
+        raise NotImplementedError
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
@@ -84,29 +110,73 @@ class LanguageModel(nnx.Module):
         return self.config.flops_per_token(sequence)
 
 
-def language_model_loss(model: LanguageModel, batch: Mapping[str, jax.Array], rngs: nnx.Rngs | None) -> Loss:
-    """Weighted sum of next-token cross-entropies in nats, and the sum of the weights.
+Batch = Mapping[str, jax.Array]
 
-    A model that adds something of its own (mixture of experts) adds it times the weight, so that it is a mean over
-    groups like the rest; the metric `ce` is then the cross-entropy alone.
 
-    Args:
-        batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents
-            are packed that must not see each other.
-        rngs: of this group, for dropout; None for none.
+def _key(model: LanguageModel, rngs: nnx.Rngs | None) -> jax.Array | None:
+    return rngs.dropout() if rngs is not None and model.config.dropout > 0 else None
 
-    Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says.
-    """
-    dropout = rngs is not None and model.config.dropout > 0
-    key = rngs.dropout() if dropout else None  # type: ignore[union-attr]
-    x_BTD, auxiliary = model.hidden_and_auxiliary(batch["tokens"], key=key, segments=batch.get("segments"))
-    x_BTD = enter_block(x_BTD)
-    total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
-    weight = batch["weights"].sum()
-    if auxiliary is None:
-        return Loss(total, weight)
-    metrics = {"ce": (total, weight), **auxiliary.metrics}
-    return Loss(total + weight * auxiliary.loss, weight, metrics)
+
+def _keys(model: LanguageModel, rngs: nnx.Rngs | None) -> Any:
+    return model.keys(_key(model, rngs))
+
+
+def _embed(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
+    if not model.staged:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be divided over stages",
+            where="mesh axis stage",
+            why="its layers also say how balanced they are, which does not travel from stage to stage",
+            fix="stage=1, with fsdp, expert or tensor in its place",
+        )
+    return model.embed(batch["tokens"], key=_keys(model, rngs)[0])
+
+
+def _block(block: Any, x_BTD: jax.Array, key: jax.Array | None, batch: Batch) -> jax.Array:
+    return block(x_BTD, key=key, segments=batch.get("segments"))[0]
+
+
+def _head(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
+    return _cross_entropy(model, model.final_norm(x_BTD), batch)
+
+
+def _cross_entropy(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
+    total = cross_entropy(enter_block(x_BTD), model.head(), batch["targets"], batch["weights"])
+    return Loss(total, batch["weights"].sum())
+
+
+class _LanguageLoss(Stages):
+    def __call__(self, model: Any, batch: Any, rngs: Any = None) -> Any:
+        if model.staged:
+            return super().__call__(model, batch, rngs)
+        x_BTD, auxiliary = model.hidden_and_auxiliary(
+            batch["tokens"], key=_key(model, rngs), segments=batch.get("segments")
+        )
+        ce = _cross_entropy(model, x_BTD, batch)
+        # Times the weight, so that it is a mean over groups like the rest.
+        metrics = {"ce": (ce.sum, ce.weight), **auxiliary.metrics}
+        return Loss(ce.sum + ce.weight * auxiliary.loss, ce.weight, metrics)
+
+
+language_model_loss = _LanguageLoss(
+    _embed,
+    _block,
+    _head,
+    keys=lambda model, rngs: _keys(model, rngs)[1],
+    remat=lambda model: model.config.remat,
+)
+"""`(model, batch, rngs)`: weighted sum of next-token cross-entropies in nats, and the sum of the weights.
+
+A mixture of experts adds its auxiliary losses times the weight; the metric `ce` is then the cross-entropy alone.
+
+Args:
+    batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents
+        are packed that must not see each other.
+    rngs: of this group, for dropout; None for none.
+
+Communicates: what the model's `gather` and `constrain` say, and what `cross_entropy` says; on a mesh with stages
+what `Stages` says.
+"""
 
 
 def training_flops(matrix_parameters: int, layers: int, width: int, sequence: int) -> float:

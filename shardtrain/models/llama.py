@@ -18,7 +18,7 @@ from shardtrain.models.layers.attention import Cache, SelfAttention
 from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import GatedMlp
 from shardtrain.models.layers.norm import RMSNorm
-from shardtrain.models.layers.stack import scan_blocks, stack
+from shardtrain.models.layers.stack import stack
 from shardtrain.parallel.lookup import lookup
 from shardtrain.sharding import constrain
 
@@ -113,28 +113,11 @@ class Llama(LanguageModel):
         self.final_norm = RMSNorm(c.embed, rngs)
         self.head_kernel = normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
 
-    def forward(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        cache: Any = None,
-        position: jax.Array | int = 0,
-        segments: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+    def embed(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, position: jax.Array | int = 0
+    ) -> jax.Array:
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
-        x_BTD = constrain(x_BTD, "batch", "seq", "embed")
-        x_BTD, cache = scan_blocks(
-            self.blocks,
-            x_BTD,
-            path="blocks",
-            policy=self.config.remat,
-            key=key,
-            cache=cache,
-            position=position,
-            segments=segments,
-        )
-        return self.final_norm(x_BTD), cache
+        return constrain(x_BTD, "batch", "seq", "embed")
 
     def head(self) -> jax.Array:
         return self.head_kernel[...]

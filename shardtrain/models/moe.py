@@ -205,6 +205,8 @@ class Block(nnx.Module):
 class MoE(LanguageModel):
     """A token table, a stack of dense blocks (if any), a stack of blocks with experts, a final norm, a head."""
 
+    staged = False
+
     def __init__(self, config: MoEConfig, rngs: nnx.Rngs):
         c = self.config = config
         self.deterministic = False
@@ -215,6 +217,11 @@ class MoE(LanguageModel):
         self.blocks = stack(lambda r: Block(c, False, r), c.layers - c.dense_layers, rngs)
         self.final_norm = RMSNorm(c.embed, rngs)
         self.head_kernel = normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
+
+    def embed(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, position: jax.Array | int = 0
+    ) -> jax.Array:
+        return constrain(lookup(self.token_table[...], tokens_BT, "token_table"), "batch", "seq", "embed")
 
     def forward(
         self,
@@ -255,8 +262,7 @@ class MoE(LanguageModel):
         options: dict[str, Any] = dict(policy=self.config.remat, position=position, segments=segments)
         keys: Any = (None, None) if key is None else jax.random.split(key)
         dense_cache, cache = (None, None) if cache is None else cache
-        x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
-        x_BTD = constrain(x_BTD, "batch", "seq", "embed")
+        x_BTD = self.embed(tokens_BT)
         if self.dense_blocks is not None:
             x_BTD, (dense_cache, _) = scan_blocks(
                 self.dense_blocks, x_BTD, path="dense_blocks", key=keys[0], cache=dense_cache, **options

@@ -5,7 +5,11 @@ from __future__ import annotations
 from shardtrain.sharding.rules import ANY, Rules
 
 _NAMES = ("seq", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "expert", "layers")
-_WHOLE: dict[str, str | tuple[str, ...] | None] = {**{name: None for name in _NAMES}, "expert": "expert"}
+_WHOLE: dict[str, str | tuple[str, ...] | None] = {
+    **{name: None for name in _NAMES},
+    "expert": "expert",
+    "layers": "stage",
+}
 _TENSOR = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
 _DATA, _EXPERT = ("slice", "data"), ("expert",)
 
@@ -16,7 +20,7 @@ def _activations(
     """Rows over the batch axes and expert; the sequence over context everywhere, with `sequence` between blocks also
     over tensor."""
     seq = ("context", "tensor") if sequence else ("context",)
-    whole = {**_WHOLE, "expert": None, "seq": seq, "seq_block": "context"}
+    whole = {**_WHOLE, "expert": None, "layers": None, "seq": seq, "seq_block": "context"}
     return {"batch": (*batch, *_EXPERT), **whole, **(_TENSOR if tensor else {})}
 
 
@@ -55,7 +59,9 @@ fsdp_tensor_sequence = Rules(
 )
 """`fsdp_tensor` with the sequence divided as in `tensor_sequence`."""
 
-infer = Rules("infer", {ANY: "fsdp"}, _activations((*_DATA, "fsdp"), False), pick="largest")
+infer = Rules(
+    "infer", {ANY: "fsdp", "layers": "stage"}, _activations((*_DATA, "fsdp"), False), pick="largest"
+)
 """For models without any metadata: the largest dim that divides, over fsdp. Names are ignored."""
 
 PRESETS: dict[str, Rules] = {

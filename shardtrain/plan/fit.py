@@ -62,6 +62,7 @@ def fit(
     rules: Rules | str = fsdp_tensor,
     microbatches: int = 1,
     groups: int | None = None,
+    schedule: Any = "1f1b",
     precision: str = "f32",
     annotations: Any = None,
     trainable: Any = None,
@@ -86,7 +87,7 @@ def fit(
     """Train a model on a mesh. The same call with the same `output` goes on where it stopped.
 
     Args:
-        model, loss_fn, optimizer, mesh, rules, microbatches, groups, precision, annotations, trainable,
+        model, loss_fn, optimizer, mesh, rules, microbatches, groups, schedule, precision, annotations, trainable,
             learning_rate, attention: see `st.plan`.
         data: a loader, a dict of arrays, or any iterable of batches (dicts or tuples of arrays, NumPy or
             PyTorch on the CPU).
@@ -122,6 +123,7 @@ def fit(
         rules=rules,
         microbatches=microbatches,
         groups=groups,
+        schedule=schedule,
         precision=precision,
         annotations=annotations,
         trainable=trainable,

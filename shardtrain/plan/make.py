@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from shardtrain.mesh import device_of
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.attention import MODES
 from shardtrain.parallel.presets import PRESETS, fsdp_tensor
+from shardtrain.parallel.schedules import Schedule
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.given import (
     check_sequence,
@@ -26,6 +27,7 @@ from shardtrain.plan.given import (
 )
 from shardtrain.plan.model import FROZEN, as_model
 from shardtrain.plan.plan import PRECISIONS, Plan
+from shardtrain.plan.staged import as_pipeline, at_rest, with_layers
 from shardtrain.sharding import Annotations, Rules, annotate
 from shardtrain.tree import flatten
 
@@ -47,6 +49,7 @@ def plan(
     annotations: Annotations | Mapping[str, Any] | None = None,
     learning_rate: Any = None,
     attention: str = "ring",
+    schedule: str | Schedule | Iterable[Any] = "1f1b",
 ) -> Plan:
     """Decide where everything lives, and check it, without allocating anything.
 
@@ -70,6 +73,8 @@ def plan(
         learning_rate: number or schedule of the step, only to report it as a metric.
         attention: under a `context` axis, how queries meet the keys of other devices: "ring", "gather" or "ulysses";
             see `st.attention`.
+        schedule: under a `stage` axis, who works on which microbatch when: "gpipe", "1f1b", "interleaved:V" (V pieces of
+            the model per device), "zb", a `Schedule`, or a table of your own; see `st.schedules`.
 
     Raises:
         ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
@@ -90,6 +95,7 @@ def plan(
         annotations=annotations,
         learning_rate=learning_rate,
         attention=attention,
+        schedule=schedule,
     )
     rules = one_of("rules", rules, PRESETS) if isinstance(rules, str) else rules
     compute = one_of("precision", precision, PRECISIONS)
@@ -115,7 +121,10 @@ def plan(
     if annotations is not None:
         axes = annotations.apply({p: leaf.shape for p, leaf in named.items()}, axes)
 
-    layouts.check_names(named, axes, rules, mesh)
+    calls = groups // math.prod(mesh.shape[a] for a in rules.batch_axes(mesh))
+    pipe = as_pipeline(adapted, loss_fn, schedule, named, model_state, mesh, rules, calls)
+    axes, placing = with_layers(pipe, axes, named), at_rest(pipe, rules)
+    layouts.check_names(named, axes, placing, mesh)
     wire = wire_dtype or (jnp.float32 if device_of(mesh).platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
     seen = watch(loss, params, model_state, group_batch, rules, mesh)
@@ -123,7 +132,7 @@ def plan(
     leaves = layouts.parameter_leaves(
         named,
         axes,
-        rules=rules,
+        rules=placing,
         mesh=mesh,
         stacks=seen.stacks,
         tables=frozenset(seen.lookups),
@@ -135,7 +144,7 @@ def plan(
         optimizer=optimizer,
         mesh=mesh,
         rules=rules,
-        microbatches=groups // math.prod(mesh.shape[a] for a in rules.batch_axes(mesh)),
+        microbatches=calls,
         groups=groups,
         precision=precision,
         batch=abstract_batch,
@@ -144,6 +153,7 @@ def plan(
         seen=seen,
         learning_rate=learning_rate,
         attention=attention,
+        pipeline=pipe,
         abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
         again=again,
     )

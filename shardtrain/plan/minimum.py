@@ -27,6 +27,13 @@ experts      tokens go to the devices that hold their experts and come back, and
              of f*S*D over expert, for S places of the capacity (whether taken or not), or without drops S = T*k choices,
              if they are spread evenly. Lepikhin et al., GShard (arXiv 2006.16668), section 3.
 
+stages       2 m a bytes over each of the p v - 1 boundaries between p stages of v pieces of the model, for m microbatches
+             of a bytes of activations: forward one way, gradients the other; per device 2 m a (p v - 1) / p on average.
+             Narayanan et al. (arXiv 2104.04473), section 3.2. Parameters outside the stack are on every stage: their
+             gradients are all-reduced over stage too. With v > 1 the pieces of a stack that is divided in the model's
+             order change places once a step, and their gradients back. A stage divides the activations of the
+             layers by p; those of embedding and head are counted in full, for the first stage and the last.
+
 Scalars (loss, norms, counts of tokens) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
 """
 
@@ -36,12 +43,17 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.expert import AXIS
+from shardtrain.parallel.pipeline import Pipeline
+from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.layout import Leaf, in_stack
-from shardtrain.plan.traffic import Traffic, divided_dims, traffic
+from shardtrain.plan.model import FROZEN
+from shardtrain.plan.staged import part_functions
+from shardtrain.plan.traffic import Traffic, as_compute, divided_dims, traffic
 from shardtrain.sharding.rules import spec_axes
 from shardtrain.tree import bytes_text, flatten, table
 
@@ -99,6 +111,8 @@ def minimum(plan: Plan) -> Minimum:
             terms[what, op, axes, formula] = terms.get((what, op, axes, formula), 0.0) + size
 
     carried = _traffic(plan)
+    if plan.pipeline is not None:
+        carried = carried.divided(plan.pipeline.owns, plan.pipeline.deal.stages)
     trained = flatten(plan.abstract_state.params)
     calls = plan.microbatches
     for path, leaf in plan.leaves.items():
@@ -108,6 +122,8 @@ def minimum(plan: Plan) -> Minimum:
     _activations(plan, carried, calls, add)
     _attention(plan, carried, calls, add)
     _experts(plan, carried, calls, add)
+    if plan.pipeline is not None:
+        _stages(plan, plan.pipeline, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
 
 
@@ -122,6 +138,38 @@ def _share(n: int) -> float:
 def _size(plan: Plan, leaf: Leaf) -> float:
     """Elements of a leaf that one device has when it is whole along what is gathered."""
     return math.prod(leaf.shape) / _parts(plan, {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes})
+
+
+def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
+    rows = plan.global_batch // plan.groups
+    parts = part_functions(plan.adapter, pipe, pipe.stages, rows, train=True)
+    assert parts is not None
+    params, frozen = (
+        as_compute(tree, plan.compute)
+        for tree in (plan.abstract_state.params, plan.abstract_state.model_state.get(FROZEN, {}))
+    )
+    x = jax.eval_shape(parts.embed, params, frozen, jax.random.key(0), plan.group_batch)
+    activation = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+    divided = _parts(plan, (a for a in plan.rules.activations.get("seq", ()) if a in plan.mesh.shape))
+    deal = pipe.deal
+    sent = 2 * calls * activation / divided * (deal.pieces - 1) / deal.stages
+    add("activations to the next stage and back", "collective-permute", (STAGE,), sent, "2m*a*(p*v-1)/p")
+    if not deal.equal or deal.chunks == 1:
+        return
+    moved = sum(q // deal.chunks != q % deal.stages for q in range(deal.pieces)) / deal.pieces
+    trained = flatten(plan.abstract_state.params)
+    for path, leaf in plan.leaves.items():
+        if pipe.owns(path):
+            held = path in plan.held_leaves
+            size = _size(plan, leaf) / (1 if held else _parts(plan, leaf.shard.axes))
+            width = (jnp.dtype(plan.compute) if held else leaf.dtype).itemsize + 4 * (path in trained)
+            add(
+                "layers to their stages and back",
+                "collective-permute",
+                (STAGE,),
+                moved * size * width,
+                "X moved",
+            )
 
 
 def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
@@ -168,7 +216,10 @@ def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
     size = _size(plan, leaf) * jnp.dtype(shard.reduce).itemsize
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
-    rest = [a for a in plan.manual_axes if a not in inside and a not in shard.kept_axes]
+    apart = {*inside, *shard.kept_axes}
+    rest = [
+        a for a in plan.mesh.shape if a in plan.manual_axes and a not in apart
+    ]  # in the mesh's order, as reports have it
     size /= _parts(plan, inside)
     scattered = tuple(a for a in rest if a in spec_axes(leaf.optimizer))
     if scattered:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.mesh import Target
 from shardtrain.mesh.build import AnyMesh
+from shardtrain.parallel.pipeline import Pipeline
 from shardtrain.plan import aot, batches
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
@@ -24,6 +25,7 @@ from shardtrain.plan.given import (
     group_loss,
 )
 from shardtrain.plan.model import Model
+from shardtrain.plan.staged import part_functions
 from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.state import TrainState, cursor_words
@@ -40,7 +42,7 @@ class Plan:
 
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
     `leaves`: path of a parameter -> shape, logical axes, spec. `seen`: what the first trace told.
-    `groups`, `microbatches`: see `plan`. `again`: the same plan on another mesh.
+    `groups`, `microbatches`: see `plan`. `pipeline`: where the mesh has stages. `again`: the same plan on another mesh.
     """
 
     adapter: Model
@@ -57,6 +59,7 @@ class Plan:
     seen: Seen
     learning_rate: Any
     attention: str
+    pipeline: Pipeline | None
     abstract_state: TrainState
     again: Callable[[Any], Plan]
 
@@ -225,6 +228,7 @@ class Plan:
             manual |= {a for a, n in self.mesh.shape.items() if n == 1}
         held = {path: self.leaves[path].shard for path in self.held_leaves}
         shards = {p: leaf.shard.whole() if p in held else leaf.shard for p, leaf in self.leaves.items()}
+        loss_fn, rows = loss_fn or self.loss_fn, self.global_batch // self.groups
         return StepParts(
             mesh=self.mesh,
             layout=context.Layout(
@@ -243,11 +247,11 @@ class Plan:
             reduced={path: leaf.gradient for path, leaf in self.leaves.items()},
             stacks=self.stacks,
             groups=self.groups,
-            loss=group_loss(
-                self.adapter, loss_fn or self.loss_fn, self.global_batch // self.groups, train=train
-            ),
+            loss=group_loss(self.adapter, loss_fn, rows, train=train),
             merges=self.adapter.merges,
             regather=train and self.regathers,
+            pipeline=self.pipeline,
+            functions=part_functions(self.adapter, self.pipeline, loss_fn, rows, train=train),
         )
 
     def _rate(self, opt_state: Any, step: jax.Array) -> Any:

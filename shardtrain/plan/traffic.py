@@ -55,6 +55,13 @@ class Traffic:
         """Bytes of the edges of these kinds."""
         return sum(e.bytes for e in self.edges if e.kind in kinds)
 
+    def divided(self, owns: Callable[[str], bool], stages: int) -> Traffic:
+        """What one of several stages carries: of the layers its part. What has no path is between two layers' matrices."""
+        inside = lambda e: not e.path or owns(e.path)  # noqa: E731
+        return Traffic(
+            tuple(dataclasses.replace(e, bytes=e.bytes / stages) if inside(e) else e for e in self.edges)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
@@ -101,11 +108,8 @@ def traffic(
         loss: see `plan.given.group_loss`.
         divided: path -> dims that the tensor axes divide. vocab: path -> those whose logical axis is vocab.
     """
-    as_compute = lambda x: (  # noqa: E731
-        jax.ShapeDtypeStruct(x.shape, compute) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    )
-    params = jax.tree.map(as_compute, params)
-    frozen = jax.tree.map(as_compute, model_state.get(FROZEN, {}))
+    params = as_compute(params, compute)
+    frozen = as_compute(model_state.get(FROZEN, {}), compute)
     with context.use(context.Layout(mesh=None, activations=activations)):
         closed = jax.make_jaxpr(loss)(
             params, frozen, model_state.get(VARIABLES, {}), jax.random.key(0), batch
@@ -119,6 +123,14 @@ def traffic(
     values += [_Value()] * (len(closed.jaxpr.invars) - len(values))
     walk.run(closed.jaxpr, values, 1)
     return Traffic(tuple(walk.edges))
+
+
+def as_compute(tree: Any, dtype: Any) -> Any:
+    """Shapes of parameters as the loss sees them."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype),
+        tree,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

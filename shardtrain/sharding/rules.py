@@ -116,9 +116,14 @@ class Rules:
         """Mesh axes over which the sequence is divided inside blocks too (context), by attention written for it."""
         return tuple(a for a in self.activations.get("seq_block", ()) if mesh.shape.get(a, 1) > 1)
 
+    def stage_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
+        """Mesh axes over which the layers are divided: a pipeline."""
+        return tuple(a for a in self.params.get("layers", ()) if mesh.shape.get(a, 1) > 1)
+
     def manual_axes(self, mesh: AnyMesh) -> tuple[str, ...]:
-        """Mesh axes that the step holds by hand: each device has other tokens, and gradients are reduced over them."""
-        return (*self.batch_axes(mesh), *self.sequence_axes(mesh))
+        """Mesh axes that the step holds by hand: each device has other tokens or layers, and gradients are reduced over
+        them."""
+        return (*self.batch_axes(mesh), *self.sequence_axes(mesh), *self.stage_axes(mesh))
 
 
 def resolve(

@@ -20,8 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard, gather_leaf, reduce_leaf, varying
 from shardtrain.parallel.groups import Loss, group_key
+from shardtrain.parallel.pipeline import Pipeline
 from shardtrain.parallel.remat import remat
+from shardtrain.parallel.stages import STAGE
 from shardtrain.sharding import context
+from shardtrain.train.pipelined import PartFunctions, pipelined
 from shardtrain.train.state import TrainState, advance
 from shardtrain.tree import flatten
 
@@ -39,7 +42,7 @@ class StepParts:
     `regather`: weights that were made whole before the loss are gathered again for the backward.
     `groups`: G of the run. `batch_axes`: mesh axes of more than one device that divide the rows; `sequence_axes`:
     those that divide dim 1 of every batch field that has one.
-    `merges`: path of a variable -> mean, sum or last.
+    `merges`: path of a variable -> mean, sum or last. `pipeline`: where `stage` divides the layers, with `functions`.
     """
 
     mesh: AnyMesh
@@ -54,11 +57,13 @@ class StepParts:
     loss: LossFunction
     merges: Mapping[str, str]
     regather: bool
+    pipeline: Pipeline | None = None
+    functions: PartFunctions | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Mesh axes held by hand, over which gradients and losses are sums."""
-        return (*self.batch_axes, *self.sequence_axes)
+        return (*self.batch_axes, *self.sequence_axes, *((STAGE,) if self.pipeline else ()))
 
     def field_spec(self, leaf: Any) -> PartitionSpec:
         """Where a field of the batch lives: [rows, sequence, ...]."""
@@ -148,13 +153,17 @@ def gradients(
     ) -> Any:
         params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
         variables = model_state.get("variables", {})
-        grads, scalars, new = _over_groups(
-            lambda group, rows: one_group(params, frozen, variables, key, step, group, rows),
-            groups,
-            batch,
-            parts,
-            last=(False, False, _by_path(lambda p, v: _merges(p, v, parts) == "last", variables)),
-        )
+        if parts.pipeline is not None:
+            grads, scalars = _pipelined(parts, params, frozen, (key, step, groups), batch, names, train=True)
+            new = variables
+        else:
+            grads, scalars, new = _over_groups(
+                lambda group, rows: one_group(params, frozen, variables, key, step, group, rows),
+                groups,
+                batch,
+                parts,
+                last=(False, False, _by_path(lambda p, v: _merges(p, v, parts) == "last", variables)),
+            )
         grads = _by_path(lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.axes), grads)
         old = flatten(variables)
         new = _by_path(lambda p, n: _merge(n, p, old[p], parts), new)
@@ -203,6 +212,33 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
     return run
 
 
+def _pipelined(
+    parts: StepParts, params: Any, frozen: Any, keys: Any, batch: Any, names: list[Any], *, train: bool
+) -> Any:
+    """Gradients and scalars of this stage's part of all groups that its batch shard holds."""
+    assert parts.pipeline is not None and parts.functions is not None
+    key, step, groups = keys
+
+    def scalars(loss: Loss) -> jax.Array:
+        vector, metric_names = _scalars(loss)
+        names.append(metric_names)
+        return vector
+
+    return pipelined(
+        parts.pipeline,
+        parts.functions,
+        params,
+        frozen,
+        whole=lambda tree: _whole(parts, tree),
+        rng=lambda i: group_key(jax.random.wrap_key_data(key), step, groups[i]),
+        rows=_rows(batch, parts),
+        scalars=scalars,
+        axes=parts.axes,
+        train=train,
+        masked=bool(parts.sequence_axes) and parts.layout.attention == "ring",
+    )
+
+
 def _placed(shard: Shard) -> PartitionSpec:
     dims = dict(shard.kept) if shard.dim is None else {**dict(shard.kept), shard.dim: shard.axes}
     return PartitionSpec(*[dims.get(d) for d in range(max(dims, default=-1) + 1)])
@@ -213,9 +249,8 @@ def _over_groups(
 ) -> Any:
     """Sum of `function(group, rows)` over the groups that this device holds, one after the other; of whole numbers, and
     where `last` (a prefix of the result) is true, that of the last group."""
-    count = parts.groups // parts.shard_count
-    rows = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
-    if count == 1:
+    rows = _rows(batch, parts)
+    if groups.shape[0] == 1:
         return function(groups[0], jax.tree.map(lambda x: x[0], rows))
 
     first = jax.eval_shape(function, groups[0], jax.tree.map(lambda x: x[0], rows))
@@ -228,6 +263,12 @@ def _over_groups(
         return jax.tree.map(add, lasts, total, function(*xs)), None
 
     return jax.lax.scan(body, zeros, (groups, rows))[0]
+
+
+def _rows(batch: Any, parts: StepParts) -> Any:
+    """[groups of this batch shard, rows of a group, ...]."""
+    count = parts.groups // parts.shard_count
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
 
 def _accumulator(dtype: Any) -> Any:
@@ -320,6 +361,8 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
             names.append(metric_names)
             return scalars
 
+        if parts.pipeline is not None:
+            return _pipelined(parts, params, frozen, (key, step, groups), batch, names, train=False)[1][None]
         return _over_groups(one, groups, batch, parts)[None]
 
     run = _on_devices(parts, local, PartitionSpec(parts.axes or None))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.findings.finding import LARGE, Finding
 from shardtrain.sharding.rules import spec_axes
 from shardtrain.tree import bytes_text, flatten
@@ -33,13 +34,19 @@ def replicated_parameter(step: Compiled) -> Iterator[Finding]:
                 or not any(dim % n == 0 and dim > n for dim in leaf.shape)
             ):
                 continue
+            fix = f"a logical axis that the rules put on {axis} (st.logical, st.annotate), or rules.override"
+            if plan.pipeline is not None and axis == STAGE:
+                if not plan.pipeline.owns(path):
+                    continue  # what is outside the stack is on every stage
+                deal = plan.pipeline.deal
+                fix = f"layers that {deal.pieces} pieces divide; {deal.layers} are whole on every stage"
             yield Finding(
                 "replicated-parameter",
                 "warning",
                 path,
                 step.source_of(path),
                 f"{bytes_text(size)} whole on every device along {axis}={n}; logical axes {leaf.logical}",
-                f"a logical axis that the rules put on {axis} (st.logical, st.annotate), or rules.override",
+                fix,
             )
 
 
