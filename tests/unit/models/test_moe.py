@@ -218,3 +218,9 @@ def test_wrong_sizes_are_refused(wrong):
 
 def test_tiny_is_as_large_as_the_others():
     assert 1e6 < parameter_count(moe.TINY) < 2.5e6 and parameter_count(llama.TINY) < parameter_count(moe.TINY)
+
+
+def test_stages_are_refused():
+    """The fault in mind: a pipeline that trains without the losses that balance."""
+    with pytest.raises(ConfigError, match="stages"):
+        language_model_loss.first(build(CONFIGS["mixtral"]), batch(), None)
