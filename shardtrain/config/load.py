@@ -46,7 +46,7 @@ def load_config(name: str) -> RunConfig:
             raise ConfigError(
                 f"model is a {type(config.model).__name__}",
                 where=name,
-                fix="a GPTConfig, a LlamaConfig, or shardtrain.config.custom(...)",
+                fix="a GPTConfig, a LlamaConfig, a MoEConfig, or shardtrain.config.custom(...)",
             )
         return from_json(to_json(config), where=name)  # the types of a file are checked as those of JSON are
     file = pathlib.Path(name)

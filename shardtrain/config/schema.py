@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from shardtrain.errors import ConfigError
-from shardtrain.models import GPTConfig, LlamaConfig
+from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class RunConfig:
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     """
 
-    model: GPTConfig | LlamaConfig | Custom
+    model: GPTConfig | LlamaConfig | MoEConfig | Custom
     data: Text = Text()
     optimizer: Optimizer = Optimizer()
     mesh: MeshSizes = MeshSizes()
@@ -153,7 +153,7 @@ class RunConfig:
     sample_tokens: int = 128
 
 
-KINDS: Mapping[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "custom": Custom}
+KINDS: Mapping[str, type] = {"gpt": GPTConfig, "llama": LlamaConfig, "moe": MoEConfig, "custom": Custom}
 
 LAYOUT_FIELDS = (
     "attention",

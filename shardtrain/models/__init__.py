@@ -11,16 +11,18 @@ from shardtrain.models.generate import generate
 from shardtrain.models.gpt import GPT, GPTConfig
 from shardtrain.models.language import LanguageModel, language_model_loss
 from shardtrain.models.llama import Llama, LlamaConfig
+from shardtrain.models.moe import MoE, MoEConfig
 
-FAMILIES: dict[type, type] = {GPTConfig: GPT, LlamaConfig: Llama}
+Config = GPTConfig | LlamaConfig | MoEConfig
+FAMILIES: dict[type, type] = {GPTConfig: GPT, LlamaConfig: Llama, MoEConfig: MoE}
 
 
-def build_model(config: GPTConfig | LlamaConfig, rngs: nnx.Rngs) -> LanguageModel:
+def build_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
     """The model that a config describes."""
     return FAMILIES[type(config)](config, rngs)
 
 
-def parameter_count(config: GPTConfig | LlamaConfig) -> int:
+def parameter_count(config: Config) -> int:
     """Parameters of the model that a config describes, tied ones once; allocates nothing."""
     shapes = nnx.eval_shape(lambda: nnx.state(build_model(config, nnx.Rngs(0)), nnx.Param))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -33,6 +35,8 @@ __all__ = [
     "LanguageModel",
     "Llama",
     "LlamaConfig",
+    "MoE",
+    "MoEConfig",
     "build_model",
     "generate",
     "language_model_loss",

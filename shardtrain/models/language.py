@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,23 @@ from shardtrain.sharding import constrain
 from shardtrain.sharding.constrain import enter_block
 
 
+@dataclasses.dataclass(frozen=True)
+class Auxiliary:
+    """What a model adds to its loss, per unit of weight, and what it reports (see `Loss.metrics`)."""
+
+    loss: jax.Array
+    metrics: Mapping[str, Any]
+
+
 class LanguageModel(nnx.Module):
     """Base of the families. Arrays carry their shape in the name: B batch, T tokens, D embed, V vocab.
 
     Parameters are float32; activations have the dtype of the parameters (a Plan casts them), while norms,
     softmax, logits and loss are float32. Dropout needs a `key`, and is off after `model.eval()`.
+    `staged`: the loss is `embed`, `blocks` and `head`, one after the other, and nothing else.
     """
+
+    staged = True
 
     config: Any
     blocks: Any
@@ -77,6 +89,12 @@ class LanguageModel(nnx.Module):
         """Normalised hidden states [B, T, D] after the last block."""
         return self.forward(tokens_BT, key=key, segments=segments)[0]
 
+    def hidden_and_auxiliary(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, Auxiliary]:
+        """Of a model that is not `staged`: as `hidden`, and what it adds to the loss."""
+        raise NotImplementedError
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
         x_BTD = enter_block(x_BTD)
@@ -95,12 +113,22 @@ class LanguageModel(nnx.Module):
 Batch = Mapping[str, jax.Array]
 
 
+def _key(model: LanguageModel, rngs: nnx.Rngs | None) -> jax.Array | None:
+    return rngs.dropout() if rngs is not None and model.config.dropout > 0 else None
+
+
 def _keys(model: LanguageModel, rngs: nnx.Rngs | None) -> Any:
-    dropout = rngs is not None and model.config.dropout > 0
-    return model.keys(rngs.dropout() if dropout else None)  # type: ignore[union-attr]
+    return model.keys(_key(model, rngs))
 
 
 def _embed(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
+    if not model.staged:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be divided over stages",
+            where="mesh axis stage",
+            why="its layers also say how balanced they are, which does not travel from stage to stage",
+            fix="stage=1, with fsdp, expert or tensor in its place",
+        )
     return model.embed(batch["tokens"], key=_keys(model, rngs)[0])
 
 
@@ -109,12 +137,28 @@ def _block(block: Any, x_BTD: jax.Array, key: jax.Array | None, batch: Batch) ->
 
 
 def _head(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
-    x_BTD = enter_block(model.final_norm(x_BTD))
-    total = cross_entropy(x_BTD, model.head(), batch["targets"], batch["weights"])
+    return _cross_entropy(model, model.final_norm(x_BTD), batch)
+
+
+def _cross_entropy(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
+    total = cross_entropy(enter_block(x_BTD), model.head(), batch["targets"], batch["weights"])
     return Loss(total, batch["weights"].sum())
 
 
-language_model_loss = Stages(
+class _LanguageLoss(Stages):
+    def __call__(self, model: Any, batch: Any, rngs: Any = None) -> Any:
+        if model.staged:
+            return super().__call__(model, batch, rngs)
+        x_BTD, auxiliary = model.hidden_and_auxiliary(
+            batch["tokens"], key=_key(model, rngs), segments=batch.get("segments")
+        )
+        ce = _cross_entropy(model, x_BTD, batch)
+        # Times the weight, so that it is a mean over groups like the rest.
+        metrics = {"ce": (ce.sum, ce.weight), **auxiliary.metrics}
+        return Loss(ce.sum + ce.weight * auxiliary.loss, ce.weight, metrics)
+
+
+language_model_loss = _LanguageLoss(
     _embed,
     _block,
     _head,
@@ -122,6 +166,8 @@ language_model_loss = Stages(
     remat=lambda model: model.config.remat,
 )
 """`(model, batch, rngs)`: weighted sum of next-token cross-entropies in nats, and the sum of the weights.
+
+A mixture of experts adds its auxiliary losses times the weight; the metric `ce` is then the cross-entropy alone.
 
 Args:
     batch: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T]; `segments` int32 [B, T] where documents

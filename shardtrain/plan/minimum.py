@@ -23,6 +23,9 @@ attention    over a divided sequence (context): keys and values reach every devi
 activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
+experts      tokens go to the devices that hold their experts and come back, and so do both gradients: four all-to-alls
+             of f*S*D over expert, for S places of the capacity (whether taken or not), or without drops S = T*k choices,
+             if they are spread evenly. Lepikhin et al., GShard (arXiv 2006.16668), section 3.
 
 stages       2 m a bytes over each of the p v - 1 boundaries between p stages of v pieces of the model, for m microbatches
              of a bytes of activations: forward one way, gradients the other; per device 2 m a (p v - 1) / p on average.
@@ -31,7 +34,7 @@ stages       2 m a bytes over each of the p v - 1 boundaries between p stages of
              order change places once a step, and their gradients back. A stage divides the activations of the
              layers by p; those of embedding and head are counted in full, for the first stage and the last.
 
-Scalars (loss, norms) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
+Scalars (loss, norms, counts of tokens) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardtrain.parallel.expert import AXIS
 from shardtrain.parallel.pipeline import Pipeline
 from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.layout import Leaf, in_stack
@@ -117,6 +121,7 @@ def minimum(plan: Plan) -> Minimum:
             _gradients(plan, leaf, calls, add)
     _activations(plan, carried, calls, add)
     _attention(plan, carried, calls, add)
+    _experts(plan, carried, calls, add)
     if plan.pipeline is not None:
         _stages(plan, plan.pipeline, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
@@ -298,3 +303,16 @@ def _attention(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
     add("keys forward", there, axes, keys, "f*K")
     add("keys backward", there, axes, keys, "f*K")
     add("gradients of keys", home, axes, keys, "f*K")
+
+
+def _experts(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
+    held = {
+        axis
+        for leaf in plan.leaves.values()
+        for name, axes in zip(leaf.logical or (), leaf.spec, strict=False)
+        for axis in (axes if isinstance(axes, tuple) else (axes,))
+        if name == "expert" and axis == AXIS
+    }
+    if held:
+        sent = 4 * _share(plan.mesh.shape[AXIS]) * calls * carried.total("experts")
+        add("tokens to experts and back", "all-to-all", (AXIS,), sent, "4f*S*D")

@@ -3,7 +3,8 @@
 A matrix product whose weight is divided along the contracted dim leaves a partial sum: its output is reduced
 in the forward. One whose weight is divided along another dim leaves the gradient of its other operand as a
 partial sum: that is reduced in the backward, once however many weights share the operand. A lookup in a
-table divided along its rows is reduced in the forward. Nothing else has to cross (Megatron-LM).
+table divided along its rows is reduced in the forward. Nothing else has to cross (Megatron-LM). Kernels of experts
+stand for those of one dense MLP: what they leave and take crosses once per token, not once per choice.
 
 Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053), section 3. Held by tests/unit/plan/test_minimum.py.
 """
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.attention import KEYS, QUERIES
+from shardtrain.parallel.expert import OF_EXPERTS, SENT
 from shardtrain.parallel.lookup import LOOKED_UP
 from shardtrain.plan.lines import equation_line
 from shardtrain.plan.model import FROZEN, VARIABLES
@@ -33,7 +35,8 @@ class Edge:
 
     `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
     scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens). Queries, and keys (with
-    values), of attention (`path` is empty): what a divided sequence has to move.
+    values), of attention, and experts, what goes to them (`path` is empty): what a divided sequence, and an exchange
+    of tokens, have to move.
     """
 
     kind: str
@@ -44,7 +47,7 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """`edges` over the tensor axes."""
+    """`edges` over the tensor axes, and over expert."""
 
     edges: tuple[Edge, ...]
 
@@ -64,13 +67,14 @@ class Traffic:
 class _Weight:
     """A value that is a parameter, moved or converted: which of its dims the axis divides.
 
-    `marked`: it went through `st.lookup`.
+    `marked`: it went through `st.lookup`. `tokens`: of kernels of experts, how many they serve together.
     """
 
     path: str
     divided: frozenset[int] = frozenset()
     vocab: frozenset[int] = frozenset()
     marked: bool = False
+    tokens: int = 0
 
 
 _SAME = {
@@ -82,8 +86,9 @@ _SAME = {
     "pcast",
     "pvary",
 }
-_MARKED = {QUERIES: "queries", KEYS: "keys"}
+_MARKED = {QUERIES: "queries", KEYS: "keys", SENT: "experts"}
 _MOVING = {*_SAME, "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
+_PRODUCTS = ("dot_general", "ragged_dot_general")
 _LOOSE = {*_SAME, "reshape", "transpose", "squeeze", "expand_dims", "reduce_precision"}
 
 
@@ -188,15 +193,15 @@ class _Walk:
         made = _Value(None, any(v.grad for v in ins), first.root if name in _LOOSE else object())
         if name == "name" and eqn.params["name"] in _MARKED:
             self.edges.append(Edge(_MARKED[eqn.params["name"]], "", times * _bytes(eqn.outvars[0]), True))
-        if name == "dot_general":
-            self._dot(eqn, ins, times)
+        if name in _PRODUCTS:
+            self._dot(eqn, ins[:2], times)
         elif name == "gather" and first.weight is not None:
             self._lookup(eqn, first.weight, times)
         elif first.weight is not None:
             made = dataclasses.replace(made, weight=_moved(eqn, first.weight))
             if made.weight is None:
                 rest = ins
-        for v in rest if name != "dot_general" else []:
+        for v in rest if name not in _PRODUCTS else []:
             if v.weight is not None:
                 self.uses.setdefault(v.weight.path, set()).add(name)
         return [made, *[_Value(None, made.grad) for _ in eqn.outvars[1:]]][: len(eqn.outvars)]
@@ -226,16 +231,20 @@ class _Walk:
                 continue
             self.uses.setdefault(weight.path, set()).add("dot")
             shape = eqn.invars[other].aval.shape
-            contracted = [set(dims) for dims in eqn.params["dimension_numbers"][0]]
+            contracted = [set(dims) for dims in _contracted(eqn)]
+            rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
+            # Of what goes through experts, each token crosses once.
+            share = weight.tokens / rows if weight.tokens else 1
             if weight.divided & contracted[side]:
-                self.edges.append(Edge("output", weight.path, times * _bytes(eqn.outvars[0]), True))
+                self.edges.append(Edge("output", weight.path, times * share * _bytes(eqn.outvars[0]), True))
             elif weight.divided:
                 root = ins[other].root
                 if ins[other].grad and ins[other].weight is None and root not in self._seen:
                     self._seen.add(root)
-                    self.edges.append(Edge("input", weight.path, times * _bytes(eqn.invars[other]), False))
+                    self.edges.append(
+                        Edge("input", weight.path, times * share * _bytes(eqn.invars[other]), False)
+                    )
                 if weight.divided & weight.vocab:
-                    rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
                     self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
 
     def _lookup(self, eqn: Any, weight: _Weight, times: int) -> None:
@@ -269,6 +278,8 @@ def _moved(eqn: Any, weight: _Weight) -> _Weight | None:
     name = eqn.primitive.name
     if name == "name" and eqn.params["name"] == LOOKED_UP:
         return dataclasses.replace(weight, marked=True)
+    if name == "name" and eqn.params["name"].startswith(OF_EXPERTS):
+        return dataclasses.replace(weight, tokens=int(eqn.params["name"].removeprefix(OF_EXPERTS)))
     if name in _SAME or name in ("slice", "dynamic_slice"):
         return weight
     new = _positions(eqn)
@@ -312,6 +323,11 @@ def _shape(v: Any) -> tuple[int, ...]:
 
 def _bytes(v: Any) -> float:
     return math.prod(v.aval.shape) * v.aval.dtype.itemsize
+
+
+def _contracted(eqn: Any) -> Any:
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    return (eqn.params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers)[0]
 
 
 def divided_dims(spec: PartitionSpec, axes: frozenset[str]) -> frozenset[int]:

@@ -162,6 +162,7 @@ def gradients(
                 groups,
                 batch,
                 parts,
+                last=(False, False, _by_path(lambda p, v: _merges(p, v, parts) == "last", variables)),
             )
         grads = _by_path(lambda p, g: reduce_leaf(g, parts.shards[p], parts.reduced[p], parts.axes), grads)
         old = flatten(variables)
@@ -243,8 +244,11 @@ def _placed(shard: Shard) -> PartitionSpec:
     return PartitionSpec(*[dims.get(d) for d in range(max(dims, default=-1) + 1)])
 
 
-def _over_groups(function: Callable[..., Any], groups: jax.Array, batch: Any, parts: StepParts) -> Any:
-    """Sum of `function(group, rows)` over the groups that this device holds, one after the other."""
+def _over_groups(
+    function: Callable[..., Any], groups: jax.Array, batch: Any, parts: StepParts, last: Any = False
+) -> Any:
+    """Sum of `function(group, rows)` over the groups that this device holds, one after the other; of whole numbers, and
+    where `last` (a prefix of the result) is true, that of the last group."""
     rows = _rows(batch, parts)
     if groups.shape[0] == 1:
         return function(groups[0], jax.tree.map(lambda x: x[0], rows))
@@ -252,9 +256,11 @@ def _over_groups(function: Callable[..., Any], groups: jax.Array, batch: Any, pa
     first = jax.eval_shape(function, groups[0], jax.tree.map(lambda x: x[0], rows))
     zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.axes)
 
+    lasts = jax.tree.map(lambda s, flag: flag or _is_last(s), first, jax.tree.broadcast(last, first))
+
     def body(total: Any, xs: Any) -> Any:
-        out = function(*xs)
-        return jax.tree.map(lambda t, o: o if _is_last(t) else t + o.astype(t.dtype), total, out), None
+        add = lambda flag, t, o: o.astype(t.dtype) if flag else t + o.astype(t.dtype)  # noqa: E731
+        return jax.tree.map(add, lasts, total, function(*xs)), None
 
     return jax.lax.scan(body, zeros, (groups, rows))[0]
 
@@ -269,14 +275,18 @@ def _accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def _is_last(x: jax.Array) -> bool:
+def _is_last(x: Any) -> bool:
     return not jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _merges(path: str, variable: Any, parts: StepParts) -> str:
+    return parts.merges.get(path, "last" if _is_last(variable) else "mean")
 
 
 def _merge(total: jax.Array, path: str, old: jax.Array, parts: StepParts) -> jax.Array:
     """One variable from the copies of the groups (and of parts of a sequence): mean of floats, the last of all else."""
-    how = parts.merges.get(path, "last" if _is_last(old) else "mean")
-    axes, copies = parts.axes, parts.groups * math.prod(parts.mesh.shape[a] for a in parts.sequence_axes)
+    how, axes = _merges(path, old, parts), parts.axes
+    copies = parts.groups * math.prod(parts.mesh.shape[a] for a in parts.sequence_axes)
     if how == "last":
         return jax.lax.pmax(total, axes) if axes else total
     total = jax.lax.psum(total, axes) if axes else total

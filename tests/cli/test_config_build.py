@@ -59,4 +59,4 @@ def test_every_shipped_config_resolves():
                 assert from_json(to_json(config)) == config
                 assert isinstance(config.mesh, MeshSizes)
                 found += 1
-    assert found == 8
+    assert found == 11

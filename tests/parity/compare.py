@@ -31,6 +31,14 @@ LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
     "slices-context": ({"slice": 2, "context": 2, "tensor": 2}, "fsdp_tensor", 4),
     "slices": ({"slice": 2, "data": 2, "tensor": 2}, "tensor", 2),
 }
+EXPERT_LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
+    "expert8": ({"expert": 8}, "fsdp_tensor", 1),
+    "data-expert": ({"data": 2, "expert": 4}, "fsdp_tensor", 1),
+    "fsdp-expert": ({"fsdp": 2, "expert": 4}, "fsdp_tensor", 1),
+    "expert-tensor-fsdp": ({"fsdp": 2, "expert": 2, "tensor": 2}, "fsdp_tensor", 2),
+    "expert-sequence": ({"expert": 4, "tensor": 2}, "fsdp_tensor_sequence", 2),
+    "expert-context": ({"expert": 4, "context": 2}, "fsdp_tensor", 2),
+}
 GROUPS = 8
 
 
@@ -55,19 +63,7 @@ def train(
     **options: Any,
 ) -> Trained:
     """First-step gradients, then `steps` steps. `layout=None` is one device with the same groups."""
-    sizes, rules, micro = LAYOUTS[layout] if layout else ({"data": 1}, "fsdp_tensor", 1)
-    options = {"rules": rules, **options}
-    devices = None if layout else jax.devices()[:1]
-    plan = st.plan(
-        model,
-        loss,
-        optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3)),
-        batch=st.batch_spec(**batches[0]),
-        mesh=st.make_mesh(devices=devices, **sizes),
-        microbatches=micro,
-        groups=GROUPS,
-        **options,
-    )
+    plan = planned(model, loss, batches[0], layout, optimizer, **options)
     state = plan.init(0)
     gradients = jax.device_get(flatten(jax.jit(plan.gradients)(state, plan.put(batches[0]))[0]))
     step = plan.compile()
@@ -83,6 +79,28 @@ def train(
         jax.device_get(flatten(state.params)),
         jax.device_get(flatten(state.model_state)),
         {k: float(v) for k, v in metrics.items()},
+    )
+
+
+def planned(
+    model: Any,
+    loss: Callable[..., Any],
+    batch: dict[str, np.ndarray],
+    layout: str | None,
+    optimizer: optax.GradientTransformation | None = None,
+    **options: Any,
+) -> st.Plan:
+    """On a layout, or with None on one device, of `GROUPS` groups."""
+    sizes, rules, micro = {**LAYOUTS, **EXPERT_LAYOUTS}[layout] if layout else ({"data": 1}, "fsdp_tensor", 1)
+    return st.plan(
+        model,
+        loss,
+        optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3)),
+        batch=st.batch_spec(**batch),
+        mesh=st.make_mesh(devices=None if layout else jax.devices()[:1], **sizes),
+        microbatches=micro,
+        groups=GROUPS,
+        **{"rules": rules, **options},
     )
 
 

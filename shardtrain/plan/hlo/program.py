@@ -242,6 +242,10 @@ def _collective(
         walk.bodies[where][name].result for name in instruction.operands if name in walk.bodies[where]
     ]
     payload = sum(map(size, operands))
+    if kind == "ragged-all-to-all":
+        # How many rows go is not in the program: as many as the smaller of the two buffers holds, spread evenly.
+        operands = operands[:2]
+        payload = min(map(size, operands))
     dtypes = sorted({dtype for operand in operands for dtype, _ in shapes(operand)})
     shown = operands
     if kind == "all-gather":

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import shardtrain as st
-from shardtrain.models import GPTConfig, LlamaConfig, build_model, language_model_loss
+from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig, build_model, language_model_loss
 from shardtrain.plan.minimum import minimum
 
 ROWS, SEQUENCE, EMBED, LAYERS, VOCAB = 16, 64, 128, 3, 512
@@ -137,3 +137,23 @@ def test_slices_carry_their_part():
     gradients = 4 * plan.parameter_count
     by_axis = minimum(plan).by_axis()
     assert by_axis == pytest.approx({"data": 2 * 3 / 4 * gradients, "slice": gradients / 4})
+
+
+@pytest.mark.parametrize(("factor", "rows"), [(1.25, 8 * 40), (0.0, 256)])
+def test_tokens_go_to_experts_and_come_back(factor, rows):
+    """4f*S*D over expert, for the places of the capacity or the choices; over tensor as a dense MLP.
+
+    The fault in mind: sums over tensor counted for every choice.
+    """
+    sizes = dict(vocab=VOCAB, sequence=SEQUENCE, embed=EMBED, layers=LAYERS, heads=8)
+    config = MoEConfig(**sizes, kv_heads=8, experts=8, chosen=2, capacity=factor)
+    plan = planned(config, "v5e:2x4", "tensor", mesh={"expert": 4, "tensor": 2}, precision="bf16", groups=8)
+    terms = {(t.what, t.axis): t.bytes for t in minimum(plan)}
+    calls, tokens = 2, ROWS * SEQUENCE // 8
+    assert terms["tokens to experts and back", "expert"] == 4 * 3 / 4 * calls * LAYERS * rows * EMBED * 2
+    crossing = (2 * LAYERS + 1) * 2 * 1 / 2 * calls * tokens * EMBED * 2
+    assert terms["activations forward", "tensor"] == terms["activations backward", "tensor"] == crossing
+    experts = sum(math.prod(leaf.shape) for p, leaf in plan.leaves.items() if "expert" in leaf.logical)
+    dense = sum(math.prod(leaf.shape) / (2 if "tensor" in leaf.spec else 1) for leaf in plan.leaves.values())
+    dense -= experts / 2
+    assert terms["gradients", "expert"] == 2 * 3 / 4 * dense * 4
