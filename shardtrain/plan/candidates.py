@@ -68,7 +68,7 @@ class Candidate:
             ConfigError: a word that is no mesh axis with its size, rules, kind of attention, schedule or `xN`.
         """
         first, *words = name.strip().split("+")
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Any] = {}
         for part in first.split("-"):
             match = re.fullmatch(r"([a-z_]+)(\d+)", part)
             if match is None or match[1] not in AXES or match[1] in sizes:

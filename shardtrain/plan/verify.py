@@ -152,7 +152,7 @@ def verify(
     spec = batch_spec(**batches[0])
     references: dict[int, _Trained] = {}
 
-    def made(sizes: dict[str, int], count: int, use: list[Any], **more: Any) -> Plan:
+    def made(sizes: dict[str, Any], count: int, use: list[Any], **more: Any) -> Plan:
         return plan(
             model,
             loss_fn,
@@ -167,7 +167,7 @@ def verify(
 
     def one(candidate: Candidate) -> Compared:
         start = time.monotonic()
-        blank = dict.fromkeys(("loss", "grad_norm", "gradients", "parameters", "optimizer"))
+        blank: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "gradients", "parameters", "optimizer"))
         more = candidate.options
         common = (candidate.name, candidate.mesh, candidate.rules, more.pop("microbatches"))
         try:
@@ -201,7 +201,8 @@ def plan_shards(candidate: Candidate, devices: Sequence[Any]) -> int:
     """Parts into which a layout divides the rows of the batch."""
     from shardtrain.parallel.presets import PRESETS
 
-    mesh = make_mesh(devices=list(devices)[: candidate.devices], **candidate.mesh)
+    sizes: dict[str, Any] = candidate.mesh
+    mesh = make_mesh(devices=list(devices)[: candidate.devices], **sizes)
     shards = 1
     for axis in PRESETS[candidate.rules].batch_axes(mesh):
         shards *= mesh.shape[axis]
@@ -296,10 +297,10 @@ def _leaves(
     ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], tolerance: float
 ) -> dict[str, float]:
     """Against each leaf's own norm; the floor allows two roundings of the global norm at this tolerance."""
-    floor = 2 * np.finfo(np.float32).eps / tolerance * _global_norm(reference)
+    floor = 2 * float(np.finfo(np.float32).eps) / tolerance * _global_norm(reference)
     return {k: _norm(np.float64(ours[k]) - reference[k]) / max(_norm(reference[k]), floor) for k in reference}
 
 
 def _against_all(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
-    total = max(_global_norm(reference), 1e-30)
+    total: float = max(_global_norm(reference), 1e-30)
     return {k: _norm(np.float64(ours[k]) - reference[k]) / total for k in reference}
