@@ -39,7 +39,7 @@ from other_models import model as other_model
 
 import shardtrain as st
 from shardtrain.errors import CompileError
-from shardtrain.models import GPTConfig, LlamaConfig, build_model, language_model_loss
+from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig, build_model, language_model_loss
 from shardtrain.plan.compiled import Compiled
 from shardtrain.plan.minimum import minimum
 
@@ -56,6 +56,7 @@ class Layout(NamedTuple):
     sizes: dict[str, int]
     microbatches: int = 1
     slices: bool = False
+    attention: str = "ring"
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -72,12 +73,21 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp x tensor": Layout("fsdp_tensor", {"fsdp": 2, "tensor": 0}),
     "fsdp x tensor_sequence": Layout("fsdp_tensor_sequence", {"fsdp": 2, "tensor": 0}),
     "data x fsdp x tensor": Layout("fsdp_tensor", {"data": 2, "fsdp": 2, "tensor": 0}),
+    "context, ring": Layout("fsdp_tensor", {"context": 0}),
+    "context, gather": Layout("fsdp_tensor", {"context": 0}, attention="gather"),
+    "context, ulysses": Layout("fsdp_tensor", {"context": 0}, attention="ulysses"),
+    "data x context": Layout("fsdp_tensor", {"data": 2, "context": 0}),
+    "fsdp x context x tensor": Layout("fsdp_tensor", {"fsdp": 2, "context": 0, "tensor": 2}),
+    "expert": Layout("fsdp_tensor", {"expert": 0}),
+    "data x expert": Layout("fsdp_tensor", {"data": 2, "expert": 0}),
+    "fsdp x expert x tensor": Layout("fsdp_tensor", {"fsdp": 2, "expert": 0, "tensor": 2}),
     "slice x data": Layout("data", {"data": 0}, slices=True),
     "slice x zero1": Layout("zero1", {"data": 0}, slices=True),
     "slice x fsdp": Layout("fsdp", {"fsdp": 0}, slices=True),
     "slice x fsdp x tensor": Layout("fsdp_tensor", {"fsdp": 2, "tensor": 0}, slices=True),
 }
 SMALL_ONLY = ("data, 8 microbatches", "zero1, 8 microbatches", "data x tensor", "zero1 x tensor")  # 8 devices
+NEW = "context", "expert"  # on eight TPU chips, and for what has experts
 OTHERS = ("data", "zero1", "fsdp", "tensor", "fsdp x tensor")  # of models that are not ours
 ALONE = ("data", "data, 8 microbatches", "zero1", "fsdp", "tensor", "fsdp x tensor")
 
@@ -102,6 +112,11 @@ def cases() -> list[Case]:
                 continue
             if name in SMALL_ONLY and target not in ("v5e:2x4", "h100:1x8"):
                 continue
+            if any(axis in layout.sizes for axis in NEW) and target != "v5e:2x4":
+                continue
+            if "expert" in layout.sizes:
+                found.append(Case(target, "moe", name))
+                continue
             found += [Case(target, model, name) for model in ("gpt", "llama")]
             if name in OTHERS and (target in ("v5e:2x4", "h100:1x8") or name == "fsdp"):
                 found += [Case(target, model, name) for model in ("nnx", "linen")]
@@ -124,6 +139,10 @@ def planned(case: Case) -> tuple[st.Target, st.Plan]:
         config: Any = GPTConfig(c.vocab, c.sequence, c.embed, c.layers, c.heads, c.mlp, remat="dots")
     if case.model == "llama":
         config = LlamaConfig(c.vocab, c.sequence, c.embed, c.layers, c.heads, 16, 0, 12288, remat="dots")
+    if case.model == "moe":  # each expert an eighth of an MLP, so that all of them are as large as one
+        config = MoEConfig(
+            c.vocab, c.sequence, c.embed, c.layers, c.heads, 16, experts=16, expert_mlp=2048, remat="dots"
+        )
     model: Any = lambda rngs: build_model(config, rngs)
     if case.model in ("nnx", "linen"):
         model, axes = other_model(case.model, c)
@@ -131,11 +150,12 @@ def planned(case: Case) -> tuple[st.Target, st.Plan]:
         annotations = st.annotate(axes) if "tensor" in layout.rules else None
     return target, st.plan(
         model,
-        language_model_loss if case.model in ("gpt", "llama") else other_loss,
+        other_loss if case.model in ("nnx", "linen") else language_model_loss,
         optax.adamw(3e-4),
         batch=batch,
         mesh=target.mesh(dcn={"data": 2} if layout.slices else None, **sizes),
         rules=layout.rules,
+        attention=layout.attention,
         microbatches=layout.microbatches,
         precision="bf16",
         reduce_dtype=jnp.bfloat16 if case.alone else jnp.float32,  # what plain JAX reduces gradients in
@@ -201,10 +221,11 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a layout, a column a target. GPT / Llama with alone in brackets, then nnx / linen."""
+    """Markdown: a row a layout, a column a target. GPT / Llama with alone in brackets, then nnx / linen, and experts."""
     values = {(r["target"], r["model"], r["layout"], r["alone"]): r.get("ratio") for r in rows}
     lines = []
-    for title, models in (("GPT / Llama", ("gpt", "llama")), ("nnx / linen", ("nnx", "linen"))):
+    kinds = (("GPT / Llama", ("gpt", "llama")), ("nnx / linen", ("nnx", "linen")), ("experts", ("moe",)))
+    for title, models in kinds:
         targets = [t for t in TARGETS if any(k[0] == t and k[1] in models for k in values)]
         lines += [f"| {title} | " + " | ".join(targets) + " |", "|---" * (len(targets) + 1) + "|"]
         for layout in LAYOUTS:
