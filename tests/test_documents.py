@@ -54,6 +54,26 @@ def test_the_pipeline(tmp_path):
     assert "stage 0" in out and "stage 1" in out and out.endswith("True\n")
 
 
+def test_a_long_sequence(tmp_path):
+    """Its losses are those of one device. The fault in mind: a loss that is not of the tokens that it sees."""
+    code = next(b for b in BLOCKS if "st.positions(" in b).replace("steps=50", "groups=2, steps=5")
+    alone = code.replace("data=2, context=4", "devices=jax.devices()[:1], data=1")
+    assert alone != code
+    losses = [
+        run(c + "\nprint(*[row['loss'] for row in run.history])", tmp_path).splitlines()[-1].split()
+        for c in (code, alone)
+    ]
+    divided, whole = ([float(x) for x in values] for values in losses)
+    assert len(whole) == 5 and divided == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_verification(tmp_path):
+    """Over the model of the ten lines. The fault in mind: a renamed argument."""
+    first = next(b for b in BLOCKS if "class Mlp" in b)
+    verify = next(b for b in BLOCKS if "st.verify(" in b)
+    assert "2 of 2 layouts are equal" in run(first + verify + "\nassert result.equal", tmp_path)
+
+
 def test_the_error_shown(tmp_path):
     """The README's error message is the one that users get, to the letter."""
     shown = re.search(r"```\n(ShardingError: .*?)\n```", README, re.S).group(1)

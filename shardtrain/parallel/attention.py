@@ -52,7 +52,7 @@ def attention(
     On NVIDIA GPUs with 16-bit values this is cuDNN's flash attention, where whole sequences are at hand.
 
     Communicates: over context, with f = (n-1)/n, K bytes of all keys and values and Q of all queries of the rows:
-    ring and gather f*K forward, 2f*K backward; ulysses 2f*(2Q + 2K)/n in all.
+    ring and gather f*K forward, 2f*K backward; ulysses 2f*(2Q + K)/n in all.
 
     Raises:
         ShardingError: heads that the context axis does not divide under `ulysses`.

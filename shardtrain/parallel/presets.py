@@ -1,4 +1,22 @@
-"""Rules that come with the library. Each is a value; change one with `.override()`."""
+"""Rules that come with the library. Each is a value; change one with `.override()`.
+
+Every preset also says what three axes do that a mesh may have beside its own, with f = (n-1)/n along each:
+
+expert    divides the experts of a mixture and, as data does, the rows of the batch; other parameters are whole along it.
+          Four all-to-alls a layer of f*S*D, for S places of tokens of D bytes; gradients of what is whole are
+          all-reduced over it with the batch axes. `infer` knows no names and leaves experts whole, or to fsdp.
+          Source: Lepikhin et al., GShard (arXiv 2006.16668).
+context   divides every sequence, in blocks too; no parameter. Keys and values of K bytes reach every device: 3f*K a
+          layer by a ring or a gather, 2f*(2Q + K)/n by ulysses with queries of Q bytes; gradients are reduced over it
+          with the batch axes. With a `_sequence` preset the stream between blocks is divided over context and tensor.
+          Source: Liu et al. (arXiv 2310.01889); Jacobs et al. (arXiv 2309.14509).
+stage     divides the layers of a stack, at rest and when they run; embedding and head are on every stage, and their
+          gradients are all-reduced over it too. 2 m a bytes over each boundary, for m microbatches of a bytes. Needs a
+          loss that says its parts (`st.Stages`). Source: Narayanan et al. (arXiv 2104.04473).
+
+Beside them fsdp divides all parameters, experts and layers too, in `fsdp`, `fsdp_tensor`, `fsdp_tensor_sequence` and
+`infer`; data does in `zero1` and `zero1_tensor`.
+"""
 
 from __future__ import annotations
 
