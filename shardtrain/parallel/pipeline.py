@@ -27,7 +27,7 @@ from shardtrain.parallel import ticks as columns
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.schedules import Schedule
 from shardtrain.parallel.stages import STAGE, Deal, Stages
-from shardtrain.parallel.ticks import Ticks, forward_only, lower
+from shardtrain.parallel.ticks import Ticks, forward_only, lower, runs
 from shardtrain.parallel.timeline import Costs, Timeline, realise
 
 
@@ -82,8 +82,8 @@ def run(
         `(gradients of shared, of the stack, scalars)`: sums over the microbatches of this stage, float32. None in
         place of the gradients without `train`.
 
-    Communicates: over `stage`, per tick of a phase with forwards one x to the next stage, with backwards one to the one
-    before: (m v + p - 1) a each way, of which m v are the least.
+    Communicates: over `stage`, one x over each boundary between pieces per microbatch, and its gradient back: in each tick
+    only stages that have something for their neighbour send it.
     """
     return _Executor(ticks, work, axes, train, masked).run(shared, stack)
 
@@ -93,10 +93,6 @@ class _Executor:
         self.ticks, self.work, self.axes, self.train, self.masked = ticks, work, axes, train, masked
         schedule = ticks.schedule
         self.stages, self.chunks = schedule.stages, schedule.chunks
-        # Results go round only where a device has several pieces.
-        ring = self.stages if self.chunks > 1 else self.stages - 1
-        self.onward = [(s, (s + 1) % self.stages) for s in range(ring)]
-        self.backward = [(b, a) for a, b in self.onward]
 
     def run(self, shared: Any, stack: Any) -> Any:
         shared, stack = self.own(shared), self.own(stack)
@@ -122,24 +118,32 @@ class _Executor:
                 "stack": sums(stack),
             }
         table = jnp.asarray(self.ticks.table)
-        for first, end, forwards, backwards in self.ticks.phases:
+        for phase in self.ticks.phases:
+            (onward, on), (backward, back) = (
+                self.ticks.senders(*phase[:2], slot) for slot in (columns.GET_INPUT, columns.GET_GRADIENT)
+            )
+            sends = (onward, 1), (backward, -1)
 
-            def tick(
-                carry: Any, rows: jax.Array, on: bool = forwards, back: bool = backwards
-            ) -> tuple[Any, None]:
-                return self.tick(dict(carry), rows[self.stage], on, back), None
+            def tick(carry: Any, xs: Any, phase: Any = phase, sends: Any = sends) -> tuple[Any, None]:
+                rows, which = xs
+                return self.tick(dict(carry), rows[self.stage], which, phase, sends), None
 
-            carry, _ = jax.lax.scan(tick, carry, table[first:end])
+            xs = table[slice(*phase[:2])], (jnp.asarray(on), jnp.asarray(back))
+            carry, _ = jax.lax.scan(tick, carry, xs)
         return carry.get("shared"), carry.get("stack"), carry["scalars"]
 
-    def tick(self, carry: Any, row: jax.Array, forwards: bool, backwards: bool) -> Any:
-        """One tick of this stage."""
+    def tick(self, carry: Any, row: jax.Array, which: Any, phase: Any, sends: Any) -> Any:
+        """One tick of this stage. `which`: the stages that send in it, of those that `sends` has for the phase."""
         y = dx = None
+        first, end, forwards, backwards = phase
+        self.phase = (first, end)
+        cells = (end - first) * self.stages
         if forwards:
             x, y, scalars = self.choose(
                 row[columns.F_CHUNK] >= 0,
                 lambda: self.forward(carry, row),
                 lambda: (self.no_x, self.no_x, self.no_scalars),
+                (self.done(columns.F_CHUNK), cells),
             )
             carry["inputs"] = _put(carry["inputs"], row[columns.F_INPUT], x)
             carry["scalars"] = carry["scalars"] + scalars
@@ -150,35 +154,52 @@ class _Executor:
                 row[columns.B_CHUNK] >= 0,
                 lambda: self.back(carry, row, half),
                 lambda: (self.no_x, self.no_x, kept),
+                (self.done(columns.B_CHUNK), cells),
             )
             carry |= kept
             if half:
                 carry["gradients"] = _put(carry["gradients"], row[columns.B_GRADIENT], dy)
                 carry["stack"] = self.choose(
-                    row[columns.W_CHUNK] >= 0, lambda: self.weights(carry, row), lambda: carry["stack"]
+                    row[columns.W_CHUNK] >= 0,
+                    lambda: self.weights(carry, row),
+                    lambda: carry["stack"],
+                    (self.done(columns.W_CHUNK), cells),
                 )
         if y is not None:
-            carry["inputs"] = _put(carry["inputs"], row[columns.GET_INPUT], self.send(y, self.onward))
+            got = self.send(y, which[0], *sends[0])
+            carry["inputs"] = _put(carry["inputs"], row[columns.GET_INPUT], got)
         if dx is not None:
-            carry["gradients"] = _put(
-                carry["gradients"], row[columns.GET_GRADIENT], self.send(dx, self.backward)
-            )
+            got = self.send(dx, which[1], *sends[1])
+            carry["gradients"] = _put(carry["gradients"], row[columns.GET_GRADIENT], got)
         return carry
+
+    def done(self, column: int, only: str = "") -> int:
+        """Of all stages together, in this phase."""
+        return self.ticks.done(*self.phase, column, only=only)
 
     def forward(self, carry: Any, row: jax.Array) -> Any:
         """Input and output of a piece. In training the last one's output is not needed: its backward makes it again."""
         c, i = row[columns.F_CHUNK], row[columns.F_BATCH]
+        every, last = self.done(columns.F_CHUNK), self.done(columns.F_CHUNK, "last")
         x = self.choose(
             self.is_first(c),
             lambda: self.own(self.work.embed(self.shared, i)),
             lambda: _take(carry["inputs"], row[columns.F_INPUT]),
+            (self.done(columns.F_CHUNK, "first"), every),
         )
         piece = lambda: self.own(self.work.piece(_take(self.stack, c), c, i, x))  # noqa: E731
         if self.train:
-            return x, self.choose(self.is_last(c), lambda: self.no_x, piece), self.no_scalars
+            return (
+                x,
+                self.choose(~self.is_last(c), piece, lambda: self.no_x, (every - last, every)),
+                self.no_scalars,
+            )
         y = piece()
         scalars = self.choose(
-            self.is_last(c), lambda: self.own(self.work.head(self.shared, i, y)[1]), lambda: self.no_scalars
+            self.is_last(c),
+            lambda: self.own(self.work.head(self.shared, i, y)[1]),
+            lambda: self.no_scalars,
+            (last, every),
         )
         return x, y, scalars
 
@@ -200,14 +221,17 @@ class _Executor:
         def middle() -> Any:
             return _take(carry["gradients"], row[columns.B_GRADIENT]), carry["shared"], carry["scalars"]
 
-        dy, shared, scalars = self.choose(self.is_last(c), end, middle)
+        every = self.done(columns.B_CHUNK)
+        share = (self.done(columns.B_CHUNK, "last"), every)
+        dy, shared, scalars = self.choose(self.is_last(c), end, middle, share)
         *d_stack, dx = transpose(dy)
 
         def start() -> Any:
             _, transpose = jax.vjp(lambda shared: self.own(self.work.embed(shared, i)), self.shared)
             return _add(shared, transpose(dx)[0])
 
-        shared = self.choose(self.is_first(c), start, lambda: shared)
+        share = (self.done(columns.B_CHUNK, "first"), every)
+        shared = self.choose(self.is_first(c), start, lambda: shared, share)
         stack = carry["stack"] if half else _add_at(carry["stack"], c, d_stack[0])
         return dy, dx, {"shared": shared, "stack": stack, "scalars": scalars}
 
@@ -221,10 +245,17 @@ class _Executor:
         _, transpose = jax.vjp(lambda own: self.own(self.work.piece(own, c, i, x)), _take(self.stack, c))
         return _add_at(carry["stack"], c, transpose(dy)[0])
 
-    def choose(self, wanted: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-        """One of two, by a condition that differs from stage to stage."""
+    def choose(
+        self, wanted: jax.Array, yes: Callable[[], Any], no: Callable[[], Any], share: tuple[int, int]
+    ) -> Any:
+        """One of two, by a condition that differs from stage to stage. `share`: how often the first, of how many runs."""
         if not self.masked:
-            return jax.lax.cond(wanted, yes, no)
+
+            def counted() -> Any:
+                with runs(*share):
+                    return yes()
+
+            return jax.lax.cond(wanted, counted, no)
         return jax.tree.map(lambda a, b: jnp.where(wanted, a, b), yes(), no())
 
     def is_first(self, c: jax.Array) -> jax.Array:
@@ -233,8 +264,25 @@ class _Executor:
     def is_last(self, c: jax.Array) -> jax.Array:
         return (c == self.chunks - 1) & (self.stage == self.stages - 1)
 
-    def send(self, tree: Any, pairs: list[tuple[int, int]]) -> Any:
-        return jax.tree.map(lambda a: jax.lax.ppermute(a, STAGE, pairs), tree)
+    def send(self, tree: Any, which: jax.Array, sets: list[tuple[tuple[int, ...], int]], step: int) -> Any:
+        """To the next stage or the one before, from those that have something to send. All stages agree on `which`."""
+        first, end = self.phase
+
+        def by(index: int) -> Callable[[Any], Any]:
+            senders, count = sets[index]
+            pairs = [(s, (s + step) % self.stages) for s in senders]
+
+            def run(tree: Any) -> Any:
+                if not pairs:
+                    return self.zeros(tree)
+                with runs(count, end - first):
+                    return jax.tree.map(lambda a: jax.lax.ppermute(a, STAGE, pairs), tree)
+
+            return run
+
+        return (
+            jax.lax.switch(which, [by(i) for i in range(len(sets))], tree) if len(sets) > 1 else by(0)(tree)
+        )
 
     def own(self, tree: Any) -> Any:
         return varying(tree, self.axes)

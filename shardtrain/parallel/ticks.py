@@ -8,10 +8,12 @@ needed at one time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import jax
 import numpy as np
 
 from shardtrain.parallel.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Row, Schedule
@@ -39,6 +41,31 @@ class Ticks:
     inputs: int
     gradients: int
     phases: tuple[tuple[int, int, bool, bool], ...]
+
+    def senders(self, first: int, end: int, slot: int) -> tuple[list[tuple[tuple[int, ...], int]], list[int]]:
+        """Of the ticks of a phase: the sets of stages that send (to the next stage for `GET_INPUT`, to the one before for
+        `GET_GRADIENT`), each with how many ticks have it; and which of them each tick has."""
+        step = -1 if slot == GET_INPUT else 1
+        there = np.roll(self.table[first:end, :, slot] >= 0, step, axis=1)  # by sender
+        sets = [tuple(map(int, np.flatnonzero(tick))) for tick in there]
+        unique = sorted(set(sets))
+        return [(s, sets.count(s)) for s in unique], [unique.index(s) for s in sets]
+
+    def done(self, first: int, end: int, column: int, *, only: str = "") -> int:
+        """How many times the stages together do what a column says in a phase; `only` on the `first` or `last` piece."""
+        rows = self.table[first:end, :, column]
+        chunk, stage = {"first": (0, 0), "last": (self.schedule.chunks - 1, self.schedule.stages - 1)}.get(
+            only, (None, None)
+        )
+        return int((rows >= 0).sum() if chunk is None else (rows[:, stage] == chunk).sum())
+
+
+@contextlib.contextmanager
+def runs(times: int, of: int) -> Iterator[None]:
+    """Names what is traced inside by how often it runs: a program does not say how often a branch is taken, and the reader of
+    compiled programs (`plan/hlo`) takes it from this name."""
+    with jax.named_scope(f"runs_{times}_of_{max(of, 1)}"):
+        yield
 
 
 def lower(schedule: Schedule) -> Ticks:

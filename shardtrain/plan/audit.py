@@ -160,7 +160,7 @@ class Audit:
             must = least.get((axis, op), 0.0)
             extra = wire - must
             mark = f"+{bytes_text(extra)}" if axis in over and extra > 0.01 * self.bytes else ""
-            rows.append((axis, op, count, bytes_text(wire), bytes_text(must) if known else "?", mark))
+            rows.append((axis, op, f"{count:g}", bytes_text(wire), bytes_text(must) if known else "?", mark))
         return (
             table(("axis", "collective", "runs", "sent", "least", "too much"), rows)
             if rows
@@ -194,13 +194,13 @@ class Sender:
     op: str
     source: str
     shape: str
-    runs: int
+    runs: int | float
     bytes: float
     kinds: tuple[str, ...]
 
     def __str__(self) -> str:
         shape = self.shape if len(self.shape) < 60 else f"{self.shape[:57]}..."
-        return f"{bytes_text(self.bytes)}  {self.op} {shape}, {self.runs} x  {self.source}  {' '.join(self.kinds)}".rstrip()
+        return f"{bytes_text(self.bytes)}  {self.op} {shape}, {self.runs:g} x  {self.source}  {' '.join(self.kinds)}".rstrip()
 
 
 def check_severity(severity: str) -> Severity:

@@ -26,13 +26,14 @@ activations  see `plan/traffic.py`: 2f*A for every activation A that crosses ten
 experts      tokens go to the devices that hold their experts and come back, and so do both gradients: four all-to-alls
              of f*S*D over expert, for S places of the capacity (whether taken or not), or without drops S = T*k choices,
              if they are spread evenly. Lepikhin et al., GShard (arXiv 2006.16668), section 3.
-
 stages       2 m a bytes over each of the p v - 1 boundaries between p stages of v pieces of the model, for m microbatches
              of a bytes of activations: forward one way, gradients the other; per device 2 m a (p v - 1) / p on average.
              Narayanan et al. (arXiv 2104.04473), section 3.2. Parameters outside the stack are on every stage: their
              gradients are all-reduced over stage too. With v > 1 the pieces of a stack that is divided in the model's
-             order change places once a step, and their gradients back. A stage divides the activations of the
-             layers by p; those of embedding and head are counted in full, for the first stage and the last.
+             order change places once a step, and their gradients back. Each stage carries its part of the layers, one
+             the embedding and one the head: all of it is counted as the mean over stages. A backward runs its piece
+             again (declared: only inputs are kept), of all pieces but the last, whose forward waits for it: so much
+             more of weights and of forward activations.
 
 Scalars (loss, norms, counts of tokens) are left out: a few bytes. Source also: Austin et al., How to Scale Your Model.
 """
@@ -112,7 +113,7 @@ def minimum(plan: Plan) -> Minimum:
 
     carried = _traffic(plan)
     if plan.pipeline is not None:
-        carried = carried.divided(plan.pipeline.owns, plan.pipeline.deal.stages)
+        carried = carried.divided(plan.pipeline.deal.stages)
     trained = flatten(plan.abstract_state.params)
     calls = plan.microbatches
     for path, leaf in plan.leaves.items():
@@ -172,6 +173,11 @@ def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
             )
 
 
+def _run_again(plan: Plan) -> float:
+    """The share of a stage's forwards that its backwards run again: of all pieces but the last, whose forward waits for it."""
+    return 0.0 if plan.pipeline is None else 1 - 1 / plan.pipeline.deal.pieces
+
+
 def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> None:
     shard = leaf.shard
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -189,7 +195,8 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
         columns = (
             spec_axes(PartitionSpec(*leaf.shard.spec[-1:])) if len(leaf.shard.spec) == len(leaf.shape) else ()
         )
-        rows, width = plan.tables[leaf.path], leaf.shape[-1] / _parts(plan, columns)
+        stages = 1 if plan.pipeline is None else plan.pipeline.deal.stages  # only the first looks up
+        rows, width = plan.tables[leaf.path] / stages, leaf.shape[-1] / _parts(plan, columns)
         moved = share * rows * width * jnp.dtype(shard.wire).itemsize
         if (
             plan.sequence_divided
@@ -206,6 +213,15 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
         return
     times = "" if calls == 1 else f"{calls} x "
     add("weights forward", "all-gather", shard.axes, calls * share * wire, f"{times}f*X")
+    again = _run_again(plan)
+    if again and plan.pipeline is not None and plan.pipeline.owns(leaf.path):
+        add(
+            "weights of a piece run again",
+            "all-gather",
+            shard.axes,
+            calls * again * share * wire,
+            f"{times}f*X*(p*v-1)/(p*v)",
+        )
     if matrix and (stacked or plan.regathers) and trained:
         add("weights backward", "all-gather", shard.axes, calls * share * wire, f"{times}f*X")
     if trained:
@@ -262,6 +278,15 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
         return
     share = _share(_parts(plan, axes)) / plan.sequence_parts  # each device has its part of the sequence
     outputs = calls * carried.total("output", "lookup")
+    if again := _run_again(plan):
+        inside = [e for e in carried.edges if plan.pipeline is not None and plan.pipeline.owns(e.path)]
+        outs = calls * again * sum(e.bytes for e in inside if e.kind == "output")
+        ins = calls * again * sum(e.bytes for e in inside if e.kind == "input")
+        if plan.sequence_divided:
+            add("activations of a piece run again", "reduce-scatter", axes, share * outs, "f*A per output")
+            add("activations of a piece run again", "all-gather", axes, share * ins, "f*A per input")
+        else:
+            add("activations of a piece run again", "all-reduce", axes, 2 * share * outs, "2f*A per output")
     inputs = calls * carried.total("input")
     if plan.sequence_divided:
         add("activations forward", "reduce-scatter", axes, share * outputs, "f*A per output")

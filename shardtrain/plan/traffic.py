@@ -55,12 +55,9 @@ class Traffic:
         """Bytes of the edges of these kinds."""
         return sum(e.bytes for e in self.edges if e.kind in kinds)
 
-    def divided(self, owns: Callable[[str], bool], stages: int) -> Traffic:
-        """What one of several stages carries: of the layers its part. What has no path is between two layers' matrices."""
-        inside = lambda e: not e.path or owns(e.path)  # noqa: E731
-        return Traffic(
-            tuple(dataclasses.replace(e, bytes=e.bytes / stages) if inside(e) else e for e in self.edges)
-        )
+    def divided(self, stages: int) -> Traffic:
+        """What stages carry on the mean: each its part of the layers, one the embedding and one the head."""
+        return Traffic(tuple(dataclasses.replace(e, bytes=e.bytes / stages) for e in self.edges))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Collective:
     """One collective instruction.
 
     `axes`: mesh axes along which the members of a group differ; `partial`: groups cover only a part of them.
-    `count`: runs a step on one device, loops multiplied. `bytes`: payload of one run: what is reduced, the gathered
+    `count`: runs a step on one device, loops multiplied; in a branch that only some take, on the mean of the devices.
+    `bytes`: payload of one run: what is reduced, the gathered
     result, what is scattered or exchanged, what one device of a permute sends. `wire_bytes`: sent per device and
     step, all runs together: all-reduce 2f*X, all-gather, reduce-scatter and all-to-all f*X, permute X for the share
     of devices that send, with f = (n-1)/n and n = `group`. `asynchronous`: something may run meanwhile.
@@ -35,7 +36,7 @@ class Collective:
     axes: tuple[str, ...]
     dtype: str
     shape: str
-    count: int
+    count: int | float
     bytes: float
     wire_bytes: float
     asynchronous: bool
@@ -57,9 +58,9 @@ class Collective:
 class Collectives(list[Collective]):
     """All collectives of a program."""
 
-    def by_axis(self) -> dict[tuple[str, str], tuple[int, float]]:
+    def by_axis(self) -> dict[tuple[str, str], tuple[int | float, float]]:
         """(op, axis) -> (count, wire bytes) per step."""
-        totals: dict[tuple[str, str], tuple[int, float]] = {}
+        totals: dict[tuple[str, str], tuple[int | float, float]] = {}
         for c in self:
             count, wire = totals.get((c.op, c.axis), (0, 0.0))
             totals[c.op, c.axis] = (count + c.count, wire + c.wire_bytes)

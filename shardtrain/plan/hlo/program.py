@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from shardtrain.plan.hlo.collectives import KINDS, Collective, Collectives
@@ -16,6 +17,7 @@ from shardtrain.plan.hlo.loops import known_state, trip_count
 from shardtrain.plan.hlo.text import Frame, HloError, Instruction, Module, parse, shapes, size
 
 _MEGASCALE = "_xla_megascale_transfer_type"
+_RUNS = re.compile(r"\d+_fun/runs_(\d+)_of_(\d+)")
 _CALLERS = {"fusion", "call", "custom-call", "conditional", "async-start"}
 
 
@@ -33,7 +35,7 @@ class Program:
     flops: float
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
-    times: Mapping[str, int]
+    times: Mapping[str, int | float]
     loops: Mapping[str, tuple[int, ...]]
     aliases: frozenset[int]
     lines: int
@@ -57,7 +59,7 @@ def read(text: str, mesh: Any) -> Program:
     found = _collectives(module, walk, sizes)
     _check(text, module, walk)
     flops = sum(
-        walk.times[name] * product_flops(i, walk.bodies[name])
+        _number(walk.times[name]) * product_flops(i, walk.bodies[name])
         for name, body in module.computations.items()
         if walk.times[name]
         for i in body
@@ -67,7 +69,7 @@ def read(text: str, mesh: Any) -> Program:
         flops=flops,
         computations=module.computations,
         entry=module.entry,
-        times={name: walk.times[name] for name in module.computations},
+        times={name: _number(walk.times[name]) for name in module.computations},
         loops=walk.loops,
         aliases=_aliases(module.header),
         lines=sum(map(len, module.computations.values())),
@@ -86,7 +88,7 @@ class _Walk:
     def __init__(self, module: Module):
         self.module = module
         self.bodies = {name: {i.name: i for i in body} for name, body in module.computations.items()}
-        self.times: collections.Counter[str] = collections.Counter()
+        self.times: dict[str, Fraction | int] = collections.defaultdict(int)
         self.loops: dict[str, tuple[int, ...]] = {}
         self.reached: set[str] = set()
         self.asynchronous: set[str] = set()
@@ -114,7 +116,7 @@ class _Walk:
         return matters
 
     def visit(
-        self, name: str, times: int, loops: tuple[int, ...], hidden: bool, arguments: Sequence[Any]
+        self, name: str, times: Fraction | int, loops: tuple[int, ...], hidden: bool, arguments: Sequence[Any]
     ) -> None:
         self.reached.add(name)
         self.times[name] += times
@@ -143,9 +145,23 @@ class _Walk:
                     else:
                         self.visit(callee, times * (trips + 1), loops, hidden, ())
             else:
+                shares = {c: self._share(c) for c in inner} if instruction.op == "conditional" else {}
                 apart = hidden or instruction.op in ("async-start", "call-start") or _overlapped(instruction)
                 for callee in inner:
-                    self.visit(callee, times, loops, apart, ())
+                    self.visit(callee, times * shares.get(callee, 1), loops, apart, ())
+
+    def _share(self, branch: str) -> Fraction:
+        """How often a branch is taken, of all runs: what its trace was named by (`parallel.ticks.runs`), else 1."""
+        names = (i.op_name.rpartition("branch_")[2] for i in self.module.computations[branch])
+        inside = collections.Counter(named.groups() for name in names if (named := _RUNS.match(name)))
+        if not inside:
+            return Fraction(1)
+        times, of = inside.most_common(1)[0][0]
+        return Fraction(int(times), int(of))
+
+
+def _number(times: Fraction | int) -> int | float:
+    return int(times) if times == int(times) else float(times)
 
 
 def called(instruction: Instruction) -> list[str]:
@@ -261,7 +277,7 @@ def _collective(
     }.get(kind, share)
     axes = mesh_axes(groups, mesh)
     whole = math.prod(mesh[a] for a in axes)
-    count = walk.times[where]
+    count = _number(walk.times[where])
     explained = _explained(instruction, where, walk)
     return Collective(
         op=kind,
@@ -318,9 +334,9 @@ def _slices(instruction: Instruction, walk: _Walk, where: str, mesh: Mapping[str
         axes=(axis,),
         dtype=shapes(operand)[0][0],
         shape=" ".join(f"{d}[{','.join(map(str, dims))}]" for d, dims in shapes(operand)),
-        count=walk.times[where],
+        count=_number(walk.times[where]),
         bytes=payload,
-        wire_bytes=factor * payload * walk.times[where],
+        wire_bytes=factor * payload * _number(walk.times[where]),
         asynchronous=True,
         source=meaning.source,
         group=n,
