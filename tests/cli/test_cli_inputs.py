@@ -19,7 +19,10 @@ CASES = {
     "mesh too large": (["--mesh.data", "16"], ["64 positions"]),
     "two free axes": (["--mesh.data", "-1", "--mesh.fsdp", "-1"], ["-1", "data, fsdp"]),
     "unknown mesh axis": (["--mesh.model", "2"], ["mesh.model", "mesh."]),
-    "axis that nothing uses": (["--mesh.data", "1", "--mesh.expert", "2"], ["expert=2", "carries nothing"]),
+    "axis that nothing uses": (
+        ["--mesh.data", "1", "--mesh.expert", "2"],
+        ["expert=2", "shards no parameter"],
+    ),
     "rules do not use the mesh": (["--rules", "data"], ["fsdp=2", "carries nothing"]),
     "unknown rules": (["--rules", "fsdp_tenser"], ["fsdp_tensor"]),
     "indivisible heads": (["--mesh.tensor", "8"], ["heads", "4 is not divisible by 8"]),

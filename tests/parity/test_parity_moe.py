@@ -52,7 +52,7 @@ def trained(name: str, layout: str | None) -> Trained:
 
 def flips(ours: dict, reference: dict, load: str) -> float:
     """Choices that went to another expert."""
-    return GROUPS * np.abs(ours[load] - reference[load]).sum() / 2
+    return float(GROUPS * np.abs(ours[load] - reference[load]).sum() / 2)
 
 
 @pytest.mark.parametrize(

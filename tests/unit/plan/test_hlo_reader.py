@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardtrain as st
+from shardtrain.plan import hlo
 from shardtrain.plan.hlo import HloError, collectives, mesh_axes, replica_groups
 
 N, X = 4, 64 * 128 * 4  # devices along the axis; bytes of the whole array
@@ -180,3 +181,63 @@ def test_asynchronous_collectives_that_share_a_channel():
     matrices = layers * (4 * embed**2 + 2 * embed * mlp) + (vocab + positions) * embed
     assert sum(c.asynchronous for c in found) == 11
     assert abs(found.wire_bytes / (2 * 7 / 8 * 4 * matrices) - 1) < 1e-3
+
+
+def branching(name):
+    """Eight turns of a loop; a branch in it holds a sum over both devices and a product."""
+    return f"""
+HloModule m, is_scheduled=true
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}}
+%yes (x: f32[4,4]) -> f32[4,4] {{
+  %x = f32[4,4]{{1,0}} parameter(0)
+  %d = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, metadata={{op_name="{name}/dot"}}
+  ROOT %r = f32[4,4]{{1,0}} all-reduce(%d), channel_id=1, replica_groups={{{{0,1}}}}, to_apply=%add, metadata={{op_name="{name}/psum"}}
+}}
+%no (x: f32[4,4]) -> f32[4,4] {{
+  ROOT %x = f32[4,4]{{1,0}} parameter(0)
+}}
+%body (s: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {{
+  %s = (s32[], f32[4,4]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %v = f32[4,4]{{1,0}} get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %n = s32[] add(%i, %one)
+  %c = f32[4,4]{{1,0}} conditional(%i, %v, %v), branch_computations={{%no, %yes}}
+  ROOT %t = (s32[], f32[4,4]{{1,0}}) tuple(%n, %c)
+}}
+%cond (s: (s32[], f32[4,4])) -> pred[] {{
+  %s = (s32[], f32[4,4]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %k = s32[] constant(8)
+  ROOT %l = pred[] compare(%i, %k), direction=LT
+}}
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {{
+  %x = f32[4,4]{{1,0}} parameter(0)
+  %z = s32[] constant(0)
+  %t = (s32[], f32[4,4]{{1,0}}) tuple(%z, %x)
+  %w = (s32[], f32[4,4]{{1,0}}) while(%t), condition=%cond, body=%body
+  ROOT %o = f32[4,4]{{1,0}} get-tuple-element(%w), index=1
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        ("jit(f)/while/body/cond/branch_1_fun/runs_3_of_16", 1.5),
+        ("jit(f)/while/body/cond/branch_0_fun/runs_1_of_2/cond/branch_1_fun/runs_6_of_8", 6),
+        ("jit(f)/while/body/cond/branch_1_fun", 8),
+        ("jit(f)/runs_1_of_2/cond/branch_1_fun/other", 8),
+    ],
+)
+def test_branches_are_counted_as_they_are_named(name, runs):
+    """A trace that knows how often a branch runs says so; one that does not is counted in full. The second is named by its
+    own branch, not by the one around it."""
+    program = hlo.read(branching(name), {"data": 2})
+    (one,) = program.collectives
+    assert one.count == runs and one.wire_bytes == runs * 64
+    assert program.flops == runs * 2 * 4**3

@@ -56,7 +56,7 @@ def test_allocates_nothing():
             ["fsdp=8", "carries nothing", "fsdp=1"],
         ),
         (st.ShardingError, lambda: make(st.make_mesh(data=2, expert=4)), ["expert=4"]),
-        (st.ShardingError, lambda: make(rules="fsdq"), ["fsdq", "fsdp"]),
+        (st.ConfigError, lambda: make(rules="fsdq"), ["fsdq", "fsdp"]),
         (
             st.ShardingError,
             lambda: make(st.make_mesh(tensor=8), model=lambda r: Mlp(64, 250, r)),

@@ -162,5 +162,5 @@ def test_the_minimum_of_a_pipeline():
     assert twice["layers to their stages and back", "stage"] == pytest.approx(2 * moved * stack / 4)
     alone = {t.what: t.bytes for t in minimum(gpt(mesh={"tensor": 2, "data": 4}, microbatches=2))}
     both = {t.what: t.bytes for t in minimum(gpt(mesh={"stage": 4, "tensor": 2}, microbatches=8))}
-    ends = 2 * 1 / 2 * 16 * 32 * 64 * 4  # of one embedding or one head, for all 16 rows
-    assert both["activations forward"] - ends == (4 * alone["activations forward"] - ends) / 4
+    # Four times the rows, a quarter of the layers; the embedding and the head on the mean over stages.
+    assert both["activations forward"] == alone["activations forward"]
