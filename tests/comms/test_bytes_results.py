@@ -42,7 +42,7 @@ def test_within_bounds(name):
         (("v5e:4x4", "h100:2x8"), ("nnx", "linen"), ("fsdp",)),
         (
             ("v5e:2x4",),
-            ("gpt", "llama"),
+            ("gpt",),
             ("context, ring", "context, gather", "context, ulysses", "data x context"),
         ),
         (("v5e:2x4",), ("moe",), ("expert", "data x expert", "fsdp x expert x tensor")),
