@@ -82,7 +82,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONGER = ("all stages", "a table")  # what the others show too; for `pytest -m slow`
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in LONGER)) for c in CASES])
 def test_equals_one_device(case):
     """First-step gradients, leaf by leaf. Failed once with the layers of another stage, with a layer that only pads, and
     with pieces that come back in another order."""
