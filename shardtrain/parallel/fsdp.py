@@ -144,6 +144,16 @@ def varying(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(mark, tree)
 
 
+def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """All arrays varying over the manual mesh axes that any of them varies over.
+
+    A scan's carry must start with the type it ends with, and inside `shard_map` the varying axes are part
+    of the type. Outside it does nothing.
+    """
+    axes = sorted(set().union(*(jax.typeof(a).mat.varying for a in arrays)))
+    return varying(arrays, tuple(axes))
+
+
 def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
     """The one reduction of a gradient over the batch axes that its gather has not reduced yet.
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from shardtrain.parallel.fsdp import reduce_scatter, varying
+from shardtrain.parallel.fsdp import alike, reduce_scatter
 from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
@@ -116,7 +116,7 @@ _attend.defvjp(_forward, _backward)
 def _local_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, way: _Way
 ) -> tuple[jax.Array, jax.Array]:
-    q, k, v = _alike(q, k, v)
+    q, k, v = alike(q, k, v)
     q2, keys = _queries(q, k.shape[2]), (_pieces(k), _pieces(v), _segments(segments))
     wide = _wide(q)
     like = (q2[..., 0].astype(wide) * 0 + LEAST, q2[..., 0].astype(wide) * 0, q2.astype(wide) * 0)
@@ -143,7 +143,7 @@ def _local_backward(
     gradient: jax.Array,
     way: _Way,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, out, logs, gradient = _alike(q, k, v, out, logs, gradient)
+    q, k, v, out, logs, gradient = alike(q, k, v, out, logs, gradient)
     q2, keys = _queries(q, k.shape[2]), (_pieces(k), _pieces(v), _segments(segments))
     d2, wide = _queries(gradient, k.shape[2]), _wide(q)
     delta = jnp.sum(d2.astype(wide) * _queries(out, k.shape[2]).astype(wide), -1)
@@ -380,9 +380,3 @@ def _joined(xs: Any) -> Any:
 
 def _wide(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """All varying over the manual mesh axes that any of them varies over, as a scan's carry must."""
-    axes = sorted(set().union(*(jax.typeof(a).mat.varying for a in arrays)))
-    return varying(arrays, tuple(axes))

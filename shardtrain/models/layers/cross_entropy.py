@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from shardtrain.parallel.fsdp import varying
+from shardtrain.parallel.fsdp import alike
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.stream import collect, split_dim
 from shardtrain.sharding import constrain, context
@@ -53,7 +53,7 @@ def cross_entropy(
     else:
         cut, spec = _along_tokens(tokens, wanted), None
     inputs = (cut(x_BTD), head_DV, cut(targets_BT), cut(weights_BT).astype(jnp.float32))
-    return _summed(*_alike(*inputs), spec)
+    return _summed(*alike(*inputs), spec)
 
 
 def _along_tokens(tokens: int, wanted: int) -> Callable[[jax.Array], jax.Array]:
@@ -102,16 +102,6 @@ def chunk_size(tokens: int, embed: int, vocab: int) -> int:
     return min(max(tokens // 16, least), max(MANY // vocab, least))
 
 
-def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """All arrays varying over the manual mesh axes that any of them varies over.
-
-    A scan's carry must start with the type it ends with, and inside `shard_map` the varying axes are part
-    of the type. Outside it does nothing.
-    """
-    axes = sorted(set().union(*(jax.typeof(a).mat.varying for a in arrays)))
-    return varying(arrays, tuple(axes))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _summed(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, spec: PartitionSpec | None
@@ -152,7 +142,7 @@ def _forward(
         head_gradient += jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=jnp.float32)
         return constrain(head_gradient, None, "vocab"), (loss, x_gradient)
 
-    start, _ = _alike(jnp.zeros(head.shape, jnp.float32), head)
+    start, _ = alike(jnp.zeros(head.shape, jnp.float32), head)
     head_gradient, (losses, x_gradient) = jax.lax.scan(body, start, (x, targets, weights))
     # Saved under every remat policy: to recompute them would be to run the head again.
     return losses.sum(), checkpoint_name((x_gradient, head_gradient.astype(head.dtype)), REDUCED)
