@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -196,3 +197,20 @@ def check_sizes(config: Any) -> None:
             raise ConfigError(f"{getattr(config, field)}", where=f"{name}.{field}", fix="1 or more")
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"{config.dropout}", where=f"{name}.dropout", fix="0 <= dropout < 1")
+
+
+def check_heads(config: Any) -> None:
+    """Refuse heads that do not group over `kv_heads`, and an embed that heads do not divide."""
+    name = type(config).__name__
+    if config.kv_heads < 1 or config.heads % config.kv_heads:
+        raise ConfigError(
+            f"heads = {config.heads} is not divisible by kv_heads = {config.kv_heads}",
+            where=name,
+            fix=f"kv_heads={math.gcd(config.heads, config.kv_heads) or 1}",
+        )
+    if not config.head_dim and config.embed % config.heads:
+        raise ConfigError(
+            f"embed = {config.embed} is not divisible by heads = {config.heads}",
+            where=name,
+            fix=f"embed={math.ceil(config.embed / config.heads) * config.heads}",
+        )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import ConfigError
-from shardtrain.models.language import Auxiliary, LanguageModel, check_sizes, training_flops
+from shardtrain.models.language import Auxiliary, LanguageModel, check_heads, check_sizes, training_flops
 from shardtrain.models.layers.attention import Cache, SelfAttention
 from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import GatedMlp
@@ -64,18 +64,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ConfigError(
-                f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}",
-                where="MoEConfig",
-                fix=f"kv_heads={math.gcd(self.heads, self.kv_heads) or 1}",
-            )
-        if not self.head_dim and self.embed % self.heads:
-            raise ConfigError(
-                f"embed = {self.embed} is not divisible by heads = {self.heads}",
-                where="MoEConfig",
-                fix=f"embed={math.ceil(self.embed / self.heads) * self.heads}",
-            )
+        check_heads(self)
         if not 1 <= self.chosen <= self.experts:
             raise ConfigError(
                 f"chosen = {self.chosen} of experts = {self.experts}",
