@@ -58,7 +58,7 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """All layouts. `equal`: every one that can be is; `reference`: what they were held against."""
+    """All layouts. `equal`: every one that can be is, and there is one; `reference`: what they were held against."""
 
     layouts: tuple[Compared, ...]
     reference: str
@@ -66,7 +66,7 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        return all(c.equal is not False for c in self.layouts)
+        return any(c.equal for c in self.layouts) and all(c.equal is not False for c in self.layouts)
 
     def as_json(self) -> dict[str, Any]:
         return {
