@@ -28,7 +28,7 @@ import optax
 from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import make_mesh
 from shardtrain.plan.candidates import Candidate
-from shardtrain.plan.given import batch_spec
+from shardtrain.plan.given import batch_spec, one_of
 from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
 from shardtrain.tree import flatten, table
@@ -145,7 +145,8 @@ def verify(
         What `st.plan` raises for the reference.
     """
     here = list(jax.devices() if devices is None else devices)
-    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
+    usual = one_of("precision", precision, TOLERANCES)
+    tolerance = usual if tolerance is None else tolerance
     wanted = [Candidate.parse(c) if isinstance(c, str) else c for c in layouts]
     if not wanted:
         raise ConfigError("no layouts", where="verify", fix="layouts=['data8', ...]")
@@ -169,7 +170,7 @@ def verify(
         start = time.monotonic()
         blank: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "gradients", "parameters", "optimizer"))
         more = candidate.options
-        common = (candidate.name, candidate.mesh, candidate.rules, more.pop("microbatches"))
+        asked, common = more.pop("microbatches"), (candidate.name, candidate.mesh, candidate.rules)
         try:
             if candidate.devices > len(here):
                 raise ConfigError(
@@ -177,16 +178,17 @@ def verify(
                 )
             shards = plan_shards(candidate, here)
             count = -(-groups // (shards * candidate.microbatches)) * shards * candidate.microbatches
-            ours = _train(
-                made(candidate.mesh, count, here[: candidate.devices], **more), batches, steps, seed
-            )
+            layout = made(candidate.mesh, count, here[: candidate.devices], **more)
+            ours = _train(layout, batches, steps, seed)
         except ShardTrainError as error:
             why = str(error).splitlines()[0]
-            return Compared(*common, 0, **blank, equal=None, first_difference=why, seconds=0.0)
+            return Compared(*common, asked, 0, **blank, equal=None, first_difference=why, seconds=0.0)
         if count not in references:
             references[count] = _train(made({"data": 1}, count, here[:1]), batches, steps, seed)
         found = _compare(ours, references[count], tolerance)
-        return Compared(*common, count, **found, seconds=round(time.monotonic() - start, 1))
+        return Compared(
+            *common, layout.microbatches, count, **found, seconds=round(time.monotonic() - start, 1)
+        )
 
     results = []
     for candidate in wanted:
