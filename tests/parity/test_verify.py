@@ -162,12 +162,11 @@ def microbatch_skipped(patch):
     """The last group of every device is left out."""
     plain = step._over_groups
 
-    def over(function, groups, batch, parts):
+    def over(function, *rest, **how):
         return plain(
             lambda g, rows: jax.tree.map(lambda x: jnp.where(g % 2 == 1, 0 * x, x), function(g, rows)),
-            groups,
-            batch,
-            parts,
+            *rest,
+            **how,
         )
 
     patch.setattr(step, "_over_groups", over)
