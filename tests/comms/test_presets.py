@@ -16,12 +16,12 @@ CONFIG = GPTConfig(vocab=256, sequence=32, embed=64, layers=3, heads=8, remat="d
 ROWS, LAYERS = 32, 3
 
 
-def compiled(sizes, rules, microbatches=1, remat="dots"):
+def compiled(sizes, rules, microbatches=1, remat="dots", layers=LAYERS):
     spec = {
         k: ((ROWS, 32), d) for k, d in (("tokens", "int32"), ("targets", "int32"), ("weights", "float32"))
     }
     plan = st.plan(
-        lambda rngs: build_model(dataclasses.replace(CONFIG, remat=remat), rngs),
+        lambda rngs: build_model(dataclasses.replace(CONFIG, remat=remat, layers=layers), rngs),
         language_model_loss,
         optax.adamw(1e-3),
         batch=st.batch_spec(**spec),
@@ -167,3 +167,13 @@ def test_state_stays_divided():
             for path, leaf in flatten(after).items():
                 assert leaf.sharding.is_equivalent_to(before[path], leaf.ndim), (name, rules, path)
             assert ("learning_rate" in metrics) == (name == "inject")
+
+
+def test_a_program_does_not_grow_with_layers(steps):
+    """Three times the layers, the same instructions and as many collectives in the text; only loops run longer.
+    Failed once: the scan unrolled."""
+    few, many = steps["fsdp"][1], compiled({"fsdp": 8}, "fsdp", layers=3 * LAYERS)[1]
+    assert many.program().lines == pytest.approx(few.program().lines, rel=0.01)
+    assert len(many.collectives()) == len(few.collectives())
+    runs = lambda step: sum(c.count for c in step.collectives() if LAYERS in c.loops or 3 * LAYERS in c.loops)
+    assert runs(many) == 3 * runs(few) > 0
