@@ -57,6 +57,7 @@ class Layout(NamedTuple):
     microbatches: int = 1
     slices: bool = False
     attention: str = "ring"
+    layers: int = SIZES.layers
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -81,13 +82,17 @@ LAYOUTS: dict[str, Layout] = {
     "expert": Layout("fsdp_tensor", {"expert": 0}),
     "data x expert": Layout("fsdp_tensor", {"data": 2, "expert": 0}),
     "fsdp x expert x tensor": Layout("fsdp_tensor", {"fsdp": 2, "expert": 0, "tensor": 2}),
+    "pipeline": Layout("data", {"stage": 0}, 8, layers=8),
+    "data x pipeline": Layout("data", {"stage": 2, "data": 0}, 4),
+    "fsdp x pipeline": Layout("fsdp_tensor", {"stage": 2, "fsdp": 0}, 4),
+    "fsdp x pipeline x tensor": Layout("fsdp_tensor", {"stage": 2, "fsdp": 0, "tensor": 2}, 4),
     "slice x data": Layout("data", {"data": 0}, slices=True),
     "slice x zero1": Layout("zero1", {"data": 0}, slices=True),
     "slice x fsdp": Layout("fsdp", {"fsdp": 0}, slices=True),
     "slice x fsdp x tensor": Layout("fsdp_tensor", {"fsdp": 2, "tensor": 0}, slices=True),
 }
 SMALL_ONLY = ("data, 8 microbatches", "zero1, 8 microbatches", "data x tensor", "zero1 x tensor")  # 8 devices
-NEW = "context", "expert"  # on eight TPU chips, and for what has experts
+NEW = "context", "expert", "stage"  # on eight TPU chips, and for what has experts
 OTHERS = ("data", "zero1", "fsdp", "tensor", "fsdp x tensor")  # of models that are not ours
 ALONE = ("data", "data, 8 microbatches", "zero1", "fsdp", "tensor", "fsdp x tensor")
 
@@ -117,6 +122,9 @@ def cases() -> list[Case]:
             if "expert" in layout.sizes:
                 found.append(Case(target, "moe", name))
                 continue
+            if "stage" in layout.sizes:
+                found.append(Case(target, "gpt", name))
+                continue
             found += [Case(target, model, name) for model in ("gpt", "llama")]
             if name in OTHERS and (target in ("v5e:2x4", "h100:1x8") or name == "fsdp"):
                 found += [Case(target, model, name) for model in ("nnx", "linen")]
@@ -136,7 +144,7 @@ def planned(case: Case) -> tuple[st.Target, st.Plan]:
     batch = st.batch_spec(tokens=(shape, "int32"), targets=(shape, "int32"), weights=shape)
     annotations: Any = None
     if case.model == "gpt":
-        config: Any = GPTConfig(c.vocab, c.sequence, c.embed, c.layers, c.heads, c.mlp, remat="dots")
+        config: Any = GPTConfig(c.vocab, c.sequence, c.embed, layout.layers, c.heads, c.mlp, remat="dots")
     if case.model == "llama":
         config = LlamaConfig(c.vocab, c.sequence, c.embed, c.layers, c.heads, 16, 0, 12288, remat="dots")
     if case.model == "moe":  # each expert an eighth of an MLP, so that all of them are as large as one

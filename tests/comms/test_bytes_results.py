@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = json.loads((RESULTS / "bytes.json").read_text())
 CASES = {n: row for n, row in KEPT["cases"].items() if not row["alone"]}
-SINGLE = ("data", "zero1", "fsdp", "tensor", "tensor_sequence", "context", "expert")
+SINGLE = ("data", "zero1", "fsdp", "tensor", "tensor_sequence", "context", "expert", "pipeline")
 HYBRIDS = ("data x fsdp", "fsdp x tensor", "fsdp x tensor_sequence", "data x fsdp x tensor")
 SLICES = ("slice x data", "slice x zero1", "slice x fsdp", "slice x fsdp x tensor")
 CAPS: dict[

@@ -1,0 +1,112 @@
+"""The same training on one device and on every layout of eight, compared leaf by leaf. Prints JSON.
+
+    python benchmarks/parity.py                                  every layout that is not in the results yet
+    python benchmarks/parity.py --only "moe context" --again     those cases anew
+    python benchmarks/parity.py --draw                           the table alone
+
+The tiny configs of GPT, Llama and mixture of experts at half their width, ten steps of AdamW on shipped text, float32,
+on eight simulated devices: `config.verify.verify_config`, which is `shardtrain verify CONFIG --layouts all --width 64`.
+Dropout on, clipped below the gradient norm, padding of uneven length. Differences are relative norms: gradients of
+step one by leaf, losses and gradient norms the largest of ten steps, parameters against their global norm. Results go to
+`benchmarks/results/parity.json` after every layout; a table stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the work here, and it is not what is measured.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_llvm_disable_expensive_passes=true"
+
+import jax
+
+from shardtrain.config import load_config
+from shardtrain.config.devices import start_devices
+from shardtrain.config.verify import layouts_of, verify_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CONFIGS = {name: f"{ROOT}/configs/{name}.py:tiny" for name in ("gpt", "llama", "moe")}
+STEPS, WIDTH = 10, 64
+
+
+def save(cases: dict[str, Any]) -> None:
+    content = {
+        "formula": "relative norm of the difference to one device with the same groups",
+        "steps": STEPS,
+        "width": WIDTH,
+        "dtype": "float32",
+        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "hardware": f"{os.cpu_count()} CPU cores, eight simulated devices",
+        "cases": cases,
+    }
+    staged = RESULTS / "parity.new"
+    staged.write_text(json.dumps(content, indent=1) + "\n")
+    staged.replace(RESULTS / "parity.json")
+    (RESULTS / "parity.md").write_text(table(cases) + "\n")
+
+
+def table(cases: dict[str, Any]) -> str:
+    """Markdown: the worst over all layouts, by model and kind of layout."""
+    kinds: dict[str, dict[str, list[Any]]] = {}
+    for name, row in cases.items():
+        model = name.split(" ")[0]
+        axes = [a for a in row["mesh"] if row["mesh"][a] > 1]
+        kind = "one axis" if len(axes) == 1 else f"{len(axes)} axes"
+        kind = "across slices" if "slice" in axes else kind
+        kind = "pipelines" if "stage" in axes else kind
+        kinds.setdefault(kind, {}).setdefault(model, []).append(row)
+    lines = ["| layouts | " + " | ".join(CONFIGS) + " |", "|---" * (len(CONFIGS) + 1) + "|"]
+    for kind, models in sorted(kinds.items()):
+        cells = []
+        for model in CONFIGS:
+            rows = [r for r in models.get(model, []) if r["equal"] is not None]
+            same = sum(bool(r["equal"]) for r in rows)
+            worst = max((r["gradients"] for r in rows), default=0.0)
+            cells.append(f"{same} of {len(rows)}, {worst:.1e}" if rows else "")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="cases whose name has this in it (words, all of them)")
+    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    start_devices("cpu:8")
+    file = RESULTS / "parity.json"
+    cases: dict[str, Any] = json.loads(file.read_text())["cases"] if file.is_file() else {}
+    for model, place in CONFIGS.items() if not options.draw else ():
+        config = load_config(place)
+        todo = {f"{model} {c.name}": c for c in layouts_of(config, "all", 8)}
+        cases = {n: row for n, row in cases.items() if not n.startswith(f"{model} ") or n in todo}
+        names = [n for n in todo if all(w in n for w in options.only.split())]
+        names = [n for n in names if options.again or n not in cases]
+
+        def say(found: Any, model: str = model, cases: dict[str, Any] = cases) -> None:
+            row = {**dataclasses.asdict(found), "date": datetime.date.today().isoformat()}
+            cases[f"{model} {found.layout}"] = row
+            save(cases)
+            print(f"{model} {found.layout}: {found.equal} {found.gradients} {found.first_difference or ''}")
+
+        if names:
+            sys.stdout, out = sys.stderr, sys.stdout
+            verify_config(config, [todo[n] for n in names], steps=STEPS, width=WIDTH, say=say)
+            sys.stdout = out
+    save(cases)
+    print(json.dumps({"cases": cases}))
+
+
+if __name__ == "__main__":
+    main()
