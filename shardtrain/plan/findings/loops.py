@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ def reduced_in_loop(step: Compiled) -> Iterator[Finding]:
     reductions = (c for c in large(step) if c.op in ("all-reduce", "reduce-scatter") and c.loops)
     yield from _findings(
         step,
-        [c for c in reductions if _accumulated(program, c.computation, [c.name])],
+        [c for c in reductions if _accumulated(program, *_arrival(program, c))],
         "reduced-in-loop",
         "error",
         "reduced {count} times a step and then added up",
@@ -66,6 +67,27 @@ def _findings(
             "that no weight is kept whole",
             "where memory allows, rules.override(hold=True): gathered and reduced once a step",
         )
+
+
+def _arrival(program: hlo.Program, c: hlo.Collective) -> tuple[str, list[str]]:
+    """Where the result can be used first. TPUs hide a collective behind others: a fusion starts it, others hold pieces of
+    it, all on one channel; the one that ends it gives the result."""
+    caller, channel = _caller(program, c.computation), _channel(_instruction(program, c.computation, c.name))
+    if caller is None or not channel:
+        return c.computation, [c.name]
+    ends = [
+        i.name
+        for i in program.computations[caller[0]]
+        if i.op == "fusion"
+        and not i.result.startswith("(")
+        and any(_channel(j) == channel for j in program.computations.get(i.attribute("calls") or "", ()))
+    ]
+    return (caller[0], ends) if ends else (c.computation, [c.name])
+
+
+def _channel(instruction: hlo.Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", instruction.rest)
+    return found.group(1) if found else ""
 
 
 def _accumulated(program: hlo.Program, where: str, names: list[str]) -> bool:

@@ -489,9 +489,9 @@ CASES = [(name, target) for name, (_, _, targets) in planted.CASES.items() for t
 
 
 def check_planted(name, step, sound):
-    _, kind, _ = planted.CASES[name]
+    how, kind, _ = planted.CASES[name]
     one = only(step, kind)
-    here = line(name, planted.HERE).rsplit("/", 1)[-1]
+    here = line(how.__name__, planted.HERE).rsplit("/", 1)[-1]
     assert one.source.rsplit("/", 1)[-1] == here, "python findings_programs/planted.py stores the texts anew"
     assert one.severity in ("warning", "error")
     assert not st.audit(sound).findings
@@ -501,7 +501,8 @@ def check_planted(name, step, sound):
 def test_planted_faults_in_stored_programs(name, target, monkeypatch):
     """What the compilers made of each fault, stored. Failed once for a reduction of scanned layers: it is written into a
     stack in the inner loop and added up in the outer one; once more for GPUs, which start and end fusions apart; once for
-    TPUs, which take zeros in place of the total in the first turn."""
+    TPUs, which take zeros in place of the total in the first turn, and once where they hide the reduction behind a product
+    ("hidden"; "loop" is of before our options asked for it)."""
 
     def stored(fault):
         content = json.loads(gzip.decompress(planted.place(name, target, fault).read_bytes()))

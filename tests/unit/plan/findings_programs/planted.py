@@ -122,6 +122,11 @@ CASES = {  # name -> how, kind, targets whose program shows it
     "wide": (wide, "wide-collective", TARGETS),
     "split": (split, "needless-permute", TARGETS),
     "loop": (loop, "reduced-in-loop", TARGETS),
+    "hidden": (
+        loop,
+        "reduced-in-loop",
+        TARGETS[:1],
+    ),  # since the plan asks the TPU compiler for asynchronous all-reduces
     "kept": (kept, "scatter-would-do", TARGETS[:1]),  # on GPUs the compiler makes it a reduce-scatter itself
 }
 
