@@ -84,8 +84,9 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp x expert x tensor": Layout("fsdp_tensor", {"fsdp": 2, "expert": 0, "tensor": 2}),
     "pipeline": Layout("data", {"stage": 0}, 8, layers=8),
     "data x pipeline": Layout("data", {"stage": 2, "data": 0}, 4),
-    "fsdp x pipeline": Layout("fsdp_tensor", {"stage": 2, "fsdp": 0}, 4),
-    "fsdp x pipeline x tensor": Layout("fsdp_tensor", {"stage": 2, "fsdp": 0, "tensor": 2}, 4),
+    # Two layers a stage: of one, the compiler merges the gather of the forward that is run again with the backward's.
+    "fsdp x pipeline": Layout("fsdp_tensor", {"stage": 2, "fsdp": 0}, 4, layers=4),
+    "fsdp x pipeline x tensor": Layout("fsdp_tensor", {"stage": 2, "fsdp": 0, "tensor": 2}, 4, layers=4),
     "slice x data": Layout("data", {"data": 0}, slices=True),
     "slice x zero1": Layout("zero1", {"data": 0}, slices=True),
     "slice x fsdp": Layout("fsdp", {"fsdp": 0}, slices=True),

@@ -193,15 +193,26 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """`psum_scatter` along `dim`, as a stack of matrices whose parts are at least 128 high where the shape has it.
 
     Of four dims and more, or of low parts, the TPU compiler makes an all-reduce (measured on stacks of heads). A dim and
-    those right after it have the same parts.
+    those right after it have the same parts. On a vector's parts of less than 8 it gives up (seen at 2 on v5e:8x8):
+    those are small, reduced whole and cut.
     """
     before, after, height = x.shape[:dim], list(x.shape[dim + 1 :]), x.shape[dim]
     while len(after) > 1 and height < 128 * jax.lax.axis_size(axes):
         height *= after.pop(0)
-    flat = x.reshape(math.prod(before), height, math.prod(after))
+    width = math.prod(after)
+    if _on_tpu() and width == 1 and height < 8 * jax.lax.axis_size(axes):
+        total = jax.lax.optimization_barrier(jax.lax.psum(x, axes))  # or the compiler makes the same of it
+        part = x.shape[dim] // jax.lax.axis_size(axes)
+        return jax.lax.dynamic_slice_in_dim(total, jax.lax.axis_index(axes) * part, part, dim)
+    flat = x.reshape(math.prod(before), height, width)
     for axis, groups in _rings(axes):
         flat = jax.lax.psum_scatter(flat, axis, scatter_dimension=1, axis_index_groups=groups, tiled=True)
     return flat.reshape(*before, -1, *x.shape[dim + 1 :])
+
+
+def _on_tpu() -> bool:
+    layout = context.current()
+    return layout is not None and layout.mesh is not None and device_of(layout.mesh).platform == "tpu"
 
 
 def _rings(axes: tuple[str, ...]) -> list[tuple[Any, Any]]:
@@ -210,9 +221,7 @@ def _rings(axes: tuple[str, ...]) -> list[tuple[Any, Any]]:
     One is the rule. The TPU compiler makes an all-reduce of one over more than a ring of eight chips (seen on v5e:4x4 and
     v5p:2x2x4), so there it is done in turn over rings of at most eight: the same bytes, (n-1)/n in all.
     """
-    layout = context.current()
-    on_tpu = layout is not None and layout.mesh is not None and device_of(layout.mesh).platform == "tpu"
-    if not on_tpu or jax.lax.axis_size(axes) <= RING:
+    if not _on_tpu() or jax.lax.axis_size(axes) <= RING:
         return [(axes, None)]
     turns: list[tuple[Any, Any]] = []
     for axis in axes:

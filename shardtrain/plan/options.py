@@ -24,7 +24,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
         "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
         "xla_tpu_assign_all_reduce_scatter_layout": "true",
-        # No products in pieces (collective matmul): a ring of n sends (n+1)/(n-1) of what a reduce-scatter does.
+        # No products in pieces (collective matmul): a ring of n sends (n+1)/(n-1) of what a reduce-scatter does. For
+        # models that leave the edges of their blocks to the partitioner; ours write them by hand, and it moves nothing there.
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     },
     "cuda": {},  # its compiler starts nearly everything early by itself

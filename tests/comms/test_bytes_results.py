@@ -45,6 +45,11 @@ def test_within_bounds(name):
             ("gpt",),
             ("context, ring", "context, gather", "context, ulysses", "data x context"),
         ),
+        (
+            ("v5e:2x4",),
+            ("gpt",),
+            ("pipeline", "data x pipeline", "fsdp x pipeline", "fsdp x pipeline x tensor"),
+        ),
         (("v5e:2x4",), ("moe",), ("expert", "data x expert", "fsdp x expert x tensor")),
     ],
 )

@@ -28,9 +28,10 @@ def test_factors(n, factors):
 
 
 @pytest.mark.parametrize("axes", [("x",), ("x", "y")])
-@pytest.mark.parametrize(("shape", "dim"), [((16, 4), 0), ((3, 16, 2, 5), 1), ((8, 2, 3), 0)])
+@pytest.mark.parametrize(("shape", "dim"), [((16, 4), 0), ((3, 16, 2, 5), 1), ((8, 2, 3), 0), ((3, 16), 1)])
 def test_in_turn_is_the_same(axes, shape, dim, rings_of_two):
-    """Failed once with the digits of a member's index in the other order: parts came to the wrong devices."""
+    """Failed once with the digits of a member's index in the other order: parts came to the wrong devices; and with the
+    parts of a short vector cut by the index along the last axis alone."""
     sizes = dict(zip(axes, (8,) if len(axes) == 1 else (2, 4), strict=True))
     mesh = st.make_mesh(**sizes)
     layout = context.Layout(mesh, {})
