@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "text from a trained run",
     "data": "prepare: the user's text, tokenised and packed",
     "ckpt": "ls | inspect: what is in a folder of checkpoints",
+    "launch": "local: a command in several processes, started again when one fails",
     "doctor": "devices, versions, and what is wrong with this machine",
 }
 

@@ -1,0 +1,43 @@
+"""Who started a run, kept in its folder: what `shardtrain status`, `logs` and `stop` read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+FILE = "launch.json"
+
+
+def started_again(environment: Mapping[str, str] = os.environ) -> bool:
+    """This process belongs to a later attempt of its launcher or scheduler."""
+    counts = (environment.get(n, "") for n in ("SHARDTRAIN_ATTEMPT", "SLURM_RESTART_COUNT"))
+    return any(c.isdigit() and int(c) > 0 for c in counts)
+
+
+def write_record(path: pathlib.Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Leave word in a run's folder of who started it. Another start replaces it."""
+    try:
+        found = json.loads(environment.get("SHARDTRAIN_LAUNCH", "{}"))
+    except ValueError:
+        found = {}
+    if not found and "SLURM_JOB_ID" in environment:
+        found = {"kind": "slurm"}
+    if found.get("kind") == "slurm":
+        found["job"] = environment.get("SLURM_JOB_ID", "")
+    found = {"kind": "alone", "pid": os.getpid(), **found, "host": os.uname().nodename}
+    work = path / f".{FILE}.tmp"
+    work.write_text(json.dumps({**found, "started": time.time()}) + "\n", encoding="utf-8")
+    os.replace(work, path / FILE)
+
+
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_record` left; empty without."""
+    try:
+        found = json.loads((path / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
