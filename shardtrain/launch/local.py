@@ -49,6 +49,9 @@ class Local:
     logs: pathlib.Path | None = None
     inject: str = ""
     grace: float = 60.0
+    hosts: int = 1
+    host_index: int = 0
+    coordinator: str = ""
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -56,9 +59,20 @@ class Local:
             ("--devices-per-process", self.devices_per_process, 1),
             ("--max-restarts", self.max_restarts, 0),
             ("--grace", self.grace, 0),
+            ("--hosts", self.hosts, 1),
+            ("--host-index", self.host_index, 0),
         ):
             if value is not None and value < least:
                 raise LaunchError(f"{value:g}", where=flag, fix=f"{least} or more")
+        if self.host_index >= self.hosts:
+            raise LaunchError(
+                f"{self.host_index} of {self.hosts}", where="--host-index", fix="from 0 to hosts - 1"
+            )
+        if self.hosts > 1 and (not self.coordinator or self.elastic):
+            what = "--elastic" if self.elastic else "no coordinator"
+            raise LaunchError(
+                f"{what} on {self.hosts} hosts", where="--hosts", fix="--coordinator FIRST_HOST:PORT"
+            )
         if not self.command:
             raise LaunchError("no command", where="launch local", fix="end with `-- train CONFIG`")
 
@@ -66,22 +80,24 @@ class Local:
 def starts(asked: Local, processes: int, attempt: int, port: int) -> list[Start]:
     """Each process's command and environment."""
     each = asked.devices_per_process
+    total = asked.hosts * processes
     found = []
     for index in range(processes):
         environment = {
-            "JAX_COORDINATOR_ADDRESS": f"{asked.host}:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(index),
+            "JAX_COORDINATOR_ADDRESS": asked.coordinator or f"{asked.host}:{port}",
+            "JAX_NUM_PROCESSES": str(total),
+            "JAX_PROCESS_ID": str(asked.host_index * processes + index),
             "SHARDTRAIN_LOCAL_SIZE": str(processes),
             "SHARDTRAIN_LOCAL_RANK": str(index),
             "SHARDTRAIN_ATTEMPT": str(attempt),
-            "SHARDTRAIN_LAUNCH": json.dumps({"kind": "local", "pid": os.getpid()}),
+            "SHARDTRAIN_LAUNCH": os.environ.get("SHARDTRAIN_LAUNCH")
+            or json.dumps({"kind": "local", "pid": os.getpid()}),
         }
         if each is not None:
             environment |= {
                 "JAX_NUM_CPU_DEVICES": str(each),
                 "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(index * each, (index + 1) * each))),
-                "SHARDTRAIN_TOTAL_DEVICES": str(processes * each),
+                "SHARDTRAIN_TOTAL_DEVICES": str(total * each),
             }
         if asked.inject:
             environment["SHARDTRAIN_INJECT"] = asked.inject

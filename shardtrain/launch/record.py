@@ -24,13 +24,12 @@ def write_record(path: pathlib.Path, environment: Mapping[str, str] = os.environ
         found = json.loads(environment.get("SHARDTRAIN_LAUNCH", "{}"))
     except ValueError:
         found = {}
-    if not found and "SLURM_JOB_ID" in environment:
-        found = {"kind": "slurm"}
-    if found.get("kind") == "slurm":
+    found = {"kind": "alone", "pid": os.getpid(), **(found if isinstance(found, dict) else {})}
+    if found["kind"] == "slurm":
         found["job"] = environment.get("SLURM_JOB_ID", "")
-    found = {"kind": "alone", "pid": os.getpid(), **found, "host": os.uname().nodename}
+    found |= {"host": os.uname().nodename, "pid_started": _began(found["pid"]), "started": time.time()}
     work = path / f".{FILE}.tmp"
-    work.write_text(json.dumps({**found, "started": time.time()}) + "\n", encoding="utf-8")
+    work.write_text(json.dumps(found) + "\n", encoding="utf-8")
     os.replace(work, path / FILE)
 
 
@@ -41,3 +40,20 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def process_of(found: Mapping[str, Any]) -> int | None:
+    """The process that started a run, if it is on this machine and still the same one."""
+    pid, began = found.get("pid"), found.get("pid_started")
+    if not isinstance(pid, int) or began is None or found.get("host") != os.uname().nodename:
+        return None
+    return pid if _began(pid) == began else None
+
+
+def _began(pid: Any) -> str | None:
+    """When a process was started, in ticks since the machine was: numbers of processes are used again."""
+    try:
+        fields = pathlib.Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] == "Z" else fields[19]

@@ -64,7 +64,8 @@ def init_distributed(
         if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
             coordinator = environment["JAX_COORDINATOR_ADDRESS"]
             num_processes = int(environment["JAX_NUM_PROCESSES"])
-            process_id = int(environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX", "0")))
+            names = ("JAX_PROCESS_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
+            process_id = int(next((environment[n] for n in names if n in environment), "0"))
     if coordinator is None and (num_processes or process_id):
         raise LaunchError(
             "number or id of the process was given, but no coordinator",
