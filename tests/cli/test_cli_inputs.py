@@ -188,11 +188,63 @@ def test_damaged_and_foreign_checkpoints(config, tmp_path, shardtrain):
         (["ckpt", "list", "nowhere"], ["list"]),
         (["data", "prepare", "nothing.txt", "--output", "out"], ["nothing.txt"]),
         (["doctor", "--device", "cpu:8"], ["--devices"]),
+        (["launch", "locla", "--", "train", "x"], ["locla", "local"]),
+        (["launch", "local"], ["no command", "-- train CONFIG"]),
+        (["launch", "local", "--", "trian", "x"], ["'trian'", "'train'"]),
+        (["launch", "local", "--", "python"], ["python without a script"]),
+        (["launch", "local", "--processes", "0", "--", "train", "x"], ["--processes", "1 or more"]),
+        (["launch", "local", "--process", "2", "--", "train", "x"], ["'--process'", "'--processes'"]),
+        (["launch", "local", "--max-restarts", "-1", "--", "train", "x"], ["--max-restarts", "0 or more"]),
+        (["launch", "local", "--host", "203.0.113.7", "--", "train", "x"], ["203.0.113.7", "this machine"]),
+        (["launch", "local", "--hosts", "2", "--", "train", "x"], ["2 hosts", "--coordinator"]),
+        (["launch", "local", "--hosts", "2", "--host-index", "2", "--", "train", "x"], ["2 of 2"]),
+        (
+            ["launch", "local", "--output-logs", "file/logs", "--", "train", "x"],
+            ["file/logs", "cannot be written"],
+        ),
+        (["launch", "local", "--partition", "gpu", "--", "train", "x"], ["--partition", "not for local"]),
+        (["launch", "local", "--inject", "kil@step=1", "--", "train", "x"], ["'kil'", "'kill'"]),
+        (["launch", "local", "--inject", "kill@process=1", "--", "train", "x"], ["no step"]),
+        (["launch", "local", "--inject", "kill@step=x", "--", "train", "x"], ["step=x", "no number"]),
+        (
+            ["launch", "local", "--inject", "nan@step=3:process=1", "--", "train", "x"],
+            ["process", "all have it"],
+        ),
+        (["launch", "slurm", "--processes", "4", "--", "train", "x"], ["--processes", "not for slurm"]),
+        (["launch", "slurm", "--hosts", "0", "--", "train", "x"], ["--hosts", "1 or more"]),
+        (["launch", "slurm", "--set", "zone=a", "--", "train", "x"], ["'zone'", "gpus"]),
+        (["launch", "slurm", "--secret", "KEY=hunter2", "--", "train", "x"], ["secrets.KEY", "env:KEY"]),
+        (["launch", "slurm", "--env", "KEY", "--", "train", "x"], ["'KEY'", "NAME=VALUE"]),
+        (["launch", "slurm", "--env", "A B=1", "--", "train", "x"], ["'A B'"]),
+        (["launch", "slurm", "--profile", "big", "--", "train", "x"], ["launch.toml", "cannot be read"]),
+        (["launch", "slurm", "--mount", "/a:/a", "--", "train", "x"], ["without an image"]),
+        (["launch", "jobset", "--", "train", "x"], ["--image"]),
+        (["launch", "jobset", "--name", "a b", "--image", "i", "--", "train", "x"], ["'a b'", "Kubernetes"]),
+        (["launch", "jobset", "--image", "i", "--set", "provider=aks", "--", "train", "x"], ["'aks'", "eks"]),
+        (
+            ["launch", "jobset", "--image", "i", "--mount", "data", "--", "train", "x"],
+            ["'data'", "CLAIM:/path"],
+        ),
+        (
+            "launch jobset --image i --accelerator t --hosts 3 --devices-per-process 4 --set provider=gke-tpu "
+            "--set topology=4x4 -- train x".split(),
+            ["16 chips", "are 12"],
+        ),
+        (["launch", "tpu-vm", "--", "train", "x"], ["kind and zone"]),
+        (
+            ["launch", "aws", "--set", "engine=batch", "--", "train", "x"],
+            ["'batch'", "eks or parallelcluster"],
+        ),
+        (["launch", "sky", "--secret", "KEY=env:OTHER", "--", "train", "x"], ["env:KEY"]),
+        (["status", "nowhere"], ["nowhere", "no such run"]),
+        (["logs", "."], ["no run in this folder"]),
+        (["stop", "tpu-vm:name"], ["where?", "tpu-vm:JOB@PLACE"]),
     ],
 )
 def test_other_commands(arguments, words, tmp_path, shardtrain, monkeypatch):
     """The fault in mind: argparse's own message, or a traceback."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     code, _, err = shardtrain(*arguments)
     check(code, err, words)
 

@@ -34,6 +34,15 @@ def test_a_killed_process_costs_nothing(launch, one, folder):
     assert len(set(i % 16 for i in first)) == len(set(i % 16 for i in second)) == 8
 
 
+def test_the_coordinator_listens_where_it_was_told(launch, folder):
+    """On the loopback address alone. Failed once with JAX's own default, all of them."""
+    if not (folder / "reads-listening-2-0").exists():
+        assert launch("listens", "--processes", "2", train=["--steps", "1"]).code == 0
+    found = (folder / "reads-listening-2-0").read_text().split()
+    assert any(address.startswith("0100007F:") for address in found)
+    assert not [address for address in found if set(address.partition(":")[0]) == {"0"}], "listens everywhere"
+
+
 def test_on_with_another_number(launch, one):
     """A run of one process goes on in two, with the same rows. The fault in mind: a cursor of each process's own."""
     begun = launch("other", train=["--steps", "4"])
