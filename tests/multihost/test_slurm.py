@@ -159,6 +159,8 @@ def test_cancelled_requeued_resumed(cluster, folder, launch):
     assert until(lambda: len(done.rows()) >= 2), done.shown()
     done.ask("scancel", "--signal=TERM", done.job)
     assert until(lambda: "Restarts=1" in done.shown()), done.shown()
+    assert until(lambda: done.state() == "PENDING"), done.shown()
+    done.ask("scontrol", "update", f"JobId={done.job}", "StartTime=now")  # SLURM itself waits two minutes
     saved = max(int(p.name) for p in (done.output / "checkpoints").iterdir() if p.name.isdigit())
     assert until(lambda: len(done.rows()) > saved + 1), done.shown() + done.out.read_text()
     assert [r["step"] for r in done.rows()] == list(range(1, len(done.rows()) + 1))

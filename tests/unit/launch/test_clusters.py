@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -307,6 +308,23 @@ def test_tpu_vm_refused_by_the_cloud(client, monkeypatch):
     client("gcloud", ["describe", "FAILED", 0])
     with pytest.raises(RunError, match="FAILED"):
         tpu_vm.submit(Job(("x",), accelerator="a", where={"zone": "z"}), print, pause=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not here")
+@pytest.mark.parametrize("slices", ["1", "2"])
+def test_gcloud_reads_every_flag(slices, tmp_path):
+    """The real client, without an account: it parses the whole line before it asks for one. Failed once on --nonsense."""
+    where = {"zone": "us-west4-a", "project": "p-1", "copy": "code", "spot": "true", "slices": slices}
+    job = Job(COMMAND, name="gpt", hosts=4, devices_per_process=4, accelerator="v5litepod-16", where=where)
+    phases = tpu_vm.commands(job)
+    commands = [c for phase in phases.values() for c in phase] + [
+        f(job) for f in (tpu_vm.status, tpu_vm.logs, tpu_vm.stop)
+    ]
+    env = {**os.environ, "CLOUDSDK_CONFIG": str(tmp_path)}
+    for command in commands:
+        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert "do not currently have an active account" in done.stderr, done.stderr
 
 
 def test_several_slices():
