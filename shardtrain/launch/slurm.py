@@ -60,6 +60,7 @@ def script(job: Job) -> str:
             "#!/bin/bash",
             *header,
             "",
+            "set -e",
             *job.setup,
             *variables,
             # the port follows from the job: two jobs on one host do not meet
@@ -67,8 +68,8 @@ def script(job: Job) -> str:
             'export JAX_COORDINATOR_ADDRESS="$head:$((20000 + SLURM_JOB_ID % 20000))"',
             'export JAX_NUM_PROCESSES="$SLURM_NTASKS"',
             "",
-            shlex.join([*run, *job.command]),
-            "code=$?",
+            "code=0",
+            f"{shlex.join([*run, *job.command])} || code=$?",
             'case "$code" in',
             "0 | 2 | 126 | 127 | 130) ;;  # done, or wrong input: never again",
             f'*) if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;',

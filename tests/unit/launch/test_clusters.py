@@ -109,6 +109,15 @@ def test_slurm_requeues(tmp_path, code, count, again):
     assert (tmp_path / "again").exists() == bool(again)
 
 
+def test_slurm_set_up_that_fails(tmp_path):
+    """Ends the job before anything is started. Failed once: the command ran without its modules."""
+    script = slurm.script(Job(("python", "x"), setup=("false",)))
+    done = subprocess.run(
+        ["bash", "-c", f"srun() {{ touch {tmp_path}/ran; }}\n{script}"], capture_output=True
+    )
+    assert done.returncode == 1 and not (tmp_path / "ran").exists()
+
+
 def test_slurm_script_says_what_it_asks_for():
     """The fault in mind: GPUs per process in the place of GPUs per host."""
     job = Job(

@@ -22,7 +22,7 @@ def run(tmp_path):
     (path / "config.json").write_text(json.dumps({"steps": 10}))
     lines = [{"step": 4, "loss": 2.5}, {"step": 5, "loss": 2.25}, {"step": 5, "eval_loss": 2.0}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"step": 6, "lo')
-    for i in (0, 1, 10):
+    for i in (0, 2, 10):
         (path / "logs" / f"process-{i}.log").write_text(f"first of {i}\nlast of {i}\n")
     write_record(path, {"SHARDTRAIN_LAUNCH": json.dumps({"kind": "local", "pid": stands.pid})})
     yield path, stands
@@ -64,9 +64,9 @@ def test_logs(run, capfd):
     """Of all processes in their order, or of one. The fault in mind: process 10 before process 2."""
     path, _ = run
     assert main(["logs", str(path), "--lines", "1"]) == 0
-    assert capfd.readouterr().out.splitlines() == ["0: last of 0", "1: last of 1", "10: last of 10"]
-    assert main(["logs", str(path), "--process", "1"]) == 0
-    assert capfd.readouterr().out.splitlines() == ["first of 1", "last of 1"]
+    assert capfd.readouterr().out.splitlines() == ["0: last of 0", "2: last of 2", "10: last of 10"]
+    assert main(["logs", str(path), "--process", "2"]) == 0
+    assert capfd.readouterr().out.splitlines() == ["first of 2", "last of 2"]
     assert main(["logs", str(path), "--process", "7"]) == 2
 
 
@@ -91,3 +91,21 @@ def test_who_started(tmp_path, monkeypatch):
 def test_started_again(environment, again):
     """Then `--fresh` is not meant: it would throw away what the attempt before saved. The fault in mind: it did."""
     assert started_again(environment) == again
+
+
+@pytest.mark.parametrize("attempt", ["0", "1"])
+def test_a_restart_is_never_fresh(attempt, monkeypatch, capfd):
+    """`train --fresh` in a later attempt goes on. The fault in mind: each restart from step 0."""
+    from shardtrain.config import run as config_run
+    from shardtrain.errors import ConfigError
+
+    asked = []
+
+    def train(config, *, fresh, **_):
+        asked.append(fresh)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(config_run, "train", train)
+    monkeypatch.setenv("SHARDTRAIN_ATTEMPT", attempt)
+    assert main(["train", "configs/gpt.py:tiny", "--fresh"]) == 2
+    assert asked == [attempt == "0"]
