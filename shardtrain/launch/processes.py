@@ -100,9 +100,7 @@ class _Process:
         self.tail: deque[str] = deque(maxlen=_TAIL)
         self.out = ""
         self._prefix = f"[{index:{width}}] "
-        self._log: IO[bytes] | None = None
-        if logs is not None:
-            self._log = (logs / f"process-{index}.log").open("ab", buffering=0)
+        self._log = None if logs is None else _log_file(logs, index)
         self._lock = threading.Lock()
         command = [sys.executable, "-m", "shardtrain.launch.child", str(os.getpid()), *start.command]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **start.environment}
@@ -150,6 +148,18 @@ class _Process:
             self._log.close()
 
 
+def _log_file(folder: pathlib.Path, index: int) -> IO[bytes]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / f"process-{index}.log").open("ab", buffering=0)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot be written: {error.strerror}",
+            where=f"--output-logs {folder}",
+            fix="a folder that can be written",
+        ) from error
+
+
 class Attempt:
     """The processes of one attempt; leaving the block ends all that still run.
 
@@ -165,17 +175,11 @@ class Attempt:
         self._processes: list[_Process] = []
         width = len(str(len(starts) - 1))
         try:
-            if logs is not None:
-                logs.mkdir(parents=True, exist_ok=True)
             for index, start in enumerate(starts):
                 self._processes.append(_Process(index, start, width, logs, quiet))
-        except OSError as error:
+        except BaseException:
             self.__exit__(None, None, None)
-            raise LaunchError(
-                f"cannot be written: {error.strerror}",
-                where=f"--output-logs {logs}",
-                fix="a folder that can be written",
-            ) from error
+            raise
 
     def __enter__(self) -> Attempt:
         return self
