@@ -98,6 +98,19 @@ def test_commands_in_the_readme_parse():
         assert resolved.global_batch % (resolved.groups or 1) == 0
 
 
+def test_launches_in_the_readme_render(capfd, monkeypatch):
+    """Every `shardtrain launch ...` line, as --dry-run. Failed once with a topology of other chips than its hosts have."""
+    from shardtrain.cli import main
+
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"shardtrain launch ([a-z].* -- (?:train|python) \S+)", README.replace("\\\n", " "))
+    assert {line.split()[0] for line in lines} == {"local", "slurm", "jobset", "tpu-vm", "aws", "sky"}
+    for line in lines:
+        words = line.split()
+        cut = words.index("--")
+        assert main(["launch", *words[:cut], "--dry-run", *words[cut:]]) == 0, capfd.readouterr().err
+
+
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(notebook, tmp_path):
     """Executed from top to bottom in a fresh kernel. The fault in mind: a cell that used a later name."""

@@ -14,6 +14,10 @@ COMMANDS = {
     "generate": "text from a trained run",
     "data": "prepare: the user's text, tokenised and packed",
     "ckpt": "ls | inspect: what is in a folder of checkpoints",
+    "launch": "a command in several processes, here or on a cluster, started again when one fails",
+    "status": "what a run is doing",
+    "logs": "the last lines of a run's processes",
+    "stop": "have a run save and end",
     "doctor": "devices, versions, and what is wrong with this machine",
 }
 

@@ -22,7 +22,10 @@ DONE, FOUND, WRONG_INPUT, FAILED, INTERRUPTED, CANCELLED = 0, 1, 2, 3, 75, 130
 
 
 class Command(Protocol):
-    """A module of this folder. Its docstring is its help."""
+    """A module of this folder. Its docstring is its help.
+
+    With `STARTS_ANOTHER = True` what follows `--` is another command's, in `options.other`.
+    """
 
     __doc__: str | None
 
@@ -77,10 +80,18 @@ class Asked:
 def run(name: str, command: Command, arguments: list[str]) -> int:
     """Parse, run, print, and turn errors into one message and an exit code."""
     with Asked() as asked:
-        return _run(name, command, arguments, asked)
+        code = _run(name, command, arguments, asked)
+    if code not in (DONE, INTERRUPTED) and "shardtrain.mesh" in sys.modules:
+        from shardtrain.mesh import leave
+
+        leave(code)
+    return code
 
 
 def _run(name: str, command: Command, arguments: list[str], asked: Asked) -> int:
+    starts_another = getattr(command, "STARTS_ANOTHER", False) and "--" in arguments
+    cut = arguments.index("--") if starts_another else len(arguments)
+    arguments, other = arguments[:cut], arguments[cut + 1 :]
     debug, as_json = "--debug" in arguments, "--json" in arguments
     out = _keep_stdout() if as_json else None
     code = WRONG_INPUT
@@ -105,7 +116,7 @@ def _run(name: str, command: Command, arguments: list[str], asked: Asked) -> int
                 where="arguments",
                 fix=suggestion(rest[0], known, f"{parser.prog} --help"),
             )
-        options.overrides = rest
+        options.overrides, options.other = rest, other
         code, result = command.run(options)
     except ShardTrainError as error:
         code = FAILED if isinstance(error, RunError) else WRONG_INPUT

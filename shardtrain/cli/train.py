@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from shardtrain.cli import shell
+from shardtrain.launch.record import started_again
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     from shardtrain.config.run import train
 
-    run = train(config, fresh=options.fresh, say=shell.say, quiet=options.json and not sys.stderr.isatty())
+    fresh = options.fresh and not started_again()  # what a restart finds there is this run
+    run = train(config, fresh=fresh, say=shell.say, quiet=options.json and not sys.stderr.isatty())
     code = {"interrupted": shell.DONE, "preempted": shell.INTERRUPTED}.get(run.stopped, shell.DONE)
     last = run.history[-1] if run.history else {}
     evaluation = run.evaluations[-1] if run.evaluations else {}

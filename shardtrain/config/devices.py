@@ -9,13 +9,15 @@ import os
 import re
 
 from shardtrain.errors import ConfigError
-from shardtrain.mesh import init_distributed, simulate_devices
+from shardtrain.mesh import init_distributed, processes_expected, simulate_devices
 
 log = logging.getLogger("shardtrain")
 
 
 def start_devices(name: str) -> str:
-    """Start JAX on `auto`, `gpu`, `tpu`, `cpu` or `cpu:N` (N simulated devices); joins a distributed run.
+    """Start JAX on `auto`, `gpu`, `tpu`, `cpu` or `cpu:N` (N simulated devices in all); joins a distributed run.
+
+    The processes of a run have N / processes each; `JAX_NUM_CPU_DEVICES` (of a launcher) says otherwise.
 
     Returns:
         A line to say, or "": an accelerator was found that the config does not use.
@@ -31,7 +33,7 @@ def start_devices(name: str) -> str:
     if simulated:
         if not 1 <= int(simulated.group(1)) <= 512:
             raise ConfigError(f"{simulated.group(1)} simulated devices", where="devices", fix="1 to 512")
-        count = int(simulated.group(1))
+        count = _of_this_process(int(simulated.group(1)))
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             with contextlib.suppress(RuntimeError):  # started already: simulate_devices says so
                 jax.config.update("jax_platforms", "cpu")
@@ -55,6 +57,19 @@ def start_devices(name: str) -> str:
             fix=f"pip install 'shardtrain[{extra}]' on a machine that has one, or --devices cpu:8",
         ) from error
     return ""
+
+
+def _of_this_process(count: int) -> int:
+    each, processes = os.environ.get("JAX_NUM_CPU_DEVICES", ""), processes_expected()
+    if each.isdigit():
+        return int(each)
+    if count % processes:
+        raise ConfigError(
+            f"{count} simulated devices cannot be divided among {processes} processes",
+            where="devices",
+            fix=f"--devices cpu:{-(-count // processes) * processes}, or another number of processes",
+        )
+    return count // processes
 
 
 def accelerator() -> str:

@@ -20,6 +20,8 @@ from shardtrain.config.build import Pieces, build, make_plan
 from shardtrain.config.load import difference, from_json, load_config, to_json
 from shardtrain.config.schema import LAYOUT_FIELDS, RunConfig
 from shardtrain.errors import ConfigError
+from shardtrain.launch.record import write_record
+from shardtrain.mesh import wait_for_all
 from shardtrain.models import LanguageModel, generate
 from shardtrain.monitor import WandbWriter, loss_svg, sparkline, write_report
 from shardtrain.plan.fit import Run, fit_plan
@@ -56,11 +58,15 @@ def train(
     made = make_plan(
         config, pieces, None if old is None else old.groups
     )  # refuses what cannot be, before anything is written
-    if fresh and jax.process_index() == 0:
-        _set_aside(path)
+    if fresh:
+        if jax.process_index() == 0:
+            _set_aside(path)
+        wait_for_all("set aside")  # nobody may write into the folder that is about to be moved
     new = not path.exists()
     handler = _open(path)
     try:
+        if jax.process_index() == 0:
+            write_record(path)
         started: dict[str, Any] = {}
 
         def on_plan(made: Any, step: Any) -> None:

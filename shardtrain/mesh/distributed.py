@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
+from types import TracebackType
 
 import jax
 
-from shardtrain.errors import LaunchError
+from shardtrain.errors import LaunchError, RunError, ShardTrainError
 
 log = logging.getLogger("shardtrain")
 
@@ -38,15 +41,19 @@ def init_distributed(
         coordinator: `host:port` of process 0. Without it the cluster is detected (SLURM, Open MPI,
             GKE, Cloud TPU, or `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`).
         num_processes, process_id: with `coordinator`.
-        local_device_ids: GPUs of this process. Default: this host's GPUs divided evenly among the
-            processes on it, so that one process per 8-GPU host sees all eight.
+        local_device_ids: GPUs of this process. Default: `JAX_LOCAL_DEVICE_IDS`, or this host's GPUs divided
+            evenly among the processes on it, so that one process per 8-GPU host sees all eight.
         initialization_timeout, heartbeat_timeout: seconds.
+
+    The coordinator listens on its own address alone, or on `JAX_COORDINATOR_BIND_ADDRESS`. An uncaught exception of a
+    process that has joined ends it at once: JAX's own exit would wait for processes that wait for it.
 
     Returns:
         One line about what was found, also logged.
 
     Raises:
-        LaunchError: the arguments are incomplete, or the coordinator does not answer in time.
+        LaunchError: the arguments are incomplete, or there are other devices than the launcher counted on
+            (`SHARDTRAIN_TOTAL_DEVICES`). RunError: the others do not answer in time.
     """
     found = "explicit arguments"
     environment = os.environ
@@ -57,7 +64,8 @@ def init_distributed(
         if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
             coordinator = environment["JAX_COORDINATOR_ADDRESS"]
             num_processes = int(environment["JAX_NUM_PROCESSES"])
-            process_id = int(environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX", "0")))
+            names = ("JAX_PROCESS_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
+            process_id = int(next((environment[n] for n in names if n in environment), "0"))
     if coordinator is None and (num_processes or process_id):
         raise LaunchError(
             "number or id of the process was given, but no coordinator",
@@ -81,22 +89,71 @@ def init_distributed(
             num_processes,
             process_id,
             local_device_ids=local_device_ids if local_device_ids is not None else _local_gpus(),
+            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator),
             initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
         if "already" in str(error) or "only be called once" in str(error):
             return _say(f"process {jax.process_index()} of {jax.process_count()} (joined before)")
-        raise LaunchError(
+        raise RunError(
             f"could not join: {str(error).splitlines()[0]}",
             where="init_distributed",
             why=f"found: {found}; coordinator {coordinator or 'detected'}",
             fix="check that every process is started and can reach the coordinator's port",
         ) from error
+    _leave_at_once()
+    _count_devices()
     return _say(
         f"{found}: process {jax.process_index()} of {jax.process_count()}, "
         f"{jax.local_device_count()} of {jax.device_count()} {jax.devices()[0].platform} devices"
     )
+
+
+def processes_expected() -> int:
+    """How many processes the environment speaks of, before any has joined."""
+    for variable, _ in _CLUSTERS:
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 1
+
+
+def wait_for_all(where: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(where)
+
+
+def leave(code: int) -> None:
+    """End this process now where others have joined it; JAX's exit would wait for them, and they for this one."""
+    if jax.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _leave_at_once() -> None:
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        leave(2 if isinstance(error, ShardTrainError) and not isinstance(error, RunError) else 3)
+
+    sys.excepthook = hook
+
+
+def _count_devices() -> None:
+    wanted = os.environ.get("SHARDTRAIN_TOTAL_DEVICES", "")
+    if wanted.isdigit() and int(wanted) != jax.device_count():
+        raise LaunchError(
+            f"{jax.device_count()} devices in {jax.process_count()} processes, the launcher counted on {wanted}",
+            where="init_distributed",
+            why=f"process {jax.process_index()} has {jax.local_device_count()}",
+            fix="processes per host and devices per process as they are on the hosts",
+        )
 
 
 def _detect() -> str:
@@ -112,6 +169,8 @@ def _detect() -> str:
 
 def _local_gpus() -> list[int] | None:
     """This process's share of the host's GPUs; None leaves the choice to JAX (TPU, CPU)."""
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):  # JAX reads it itself
+        return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = (
         glob.glob("/dev/nvidia[0-9]*") if visible is None else [v for v in visible.split(",") if v.strip()]
@@ -132,6 +191,8 @@ def _local_gpus() -> list[int] | None:
 
 def _local_processes() -> tuple[int, int]:
     environment = os.environ
+    if "SHARDTRAIN_LOCAL_SIZE" in environment:  # set by `shardtrain launch`
+        return int(environment["SHARDTRAIN_LOCAL_SIZE"]), int(environment["SHARDTRAIN_LOCAL_RANK"])
     if "SLURM_LOCALID" in environment:
         tasks = re.match(
             r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))

@@ -24,6 +24,7 @@ from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
 from shardtrain.sharding import Rules
 from shardtrain.train.hooks import as_hook
+from shardtrain.train.inject import injected
 from shardtrain.train.loop import Stopped, run_loop
 from shardtrain.train.state import TrainState
 
@@ -206,7 +207,7 @@ def fit_plan(
         result = run_loop(
             state,
             batches,
-            step_function=compiled,
+            step_function=injected(compiled, first, jax.process_index()),
             put=made.put,
             first_step=first,
             steps=steps,

@@ -97,6 +97,13 @@ def test_import_is_cheap():
     run("-c", "import sys, shardtrain; assert 'jax' not in sys.modules and 'numpy' not in sys.modules")
 
 
+def test_launchers_load_no_jax():
+    """A laptop that hands a job over needs none. Failed once on `from shardtrain.mesh import ...` in launch/."""
+    rooms = "shardtrain.launch.engines, shardtrain.launch.local, shardtrain.launch.child, shardtrain.launch.record"
+    commands = "shardtrain.cli.launch, shardtrain.cli.status, shardtrain.cli.logs, shardtrain.cli.stop"
+    run("-c", f"import sys, {rooms}, {commands}; assert not {{'jax', 'numpy', 'flax'}} & set(sys.modules)")
+
+
 def test_every_public_name_exists():
     """The fault in mind: a name whose home had moved."""
     run("-c", "import shardtrain as st; [getattr(st, n) for n in st.__all__]")

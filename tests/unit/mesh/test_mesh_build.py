@@ -144,6 +144,25 @@ def test_gpus_that_do_not_divide(joined, monkeypatch):
         distributed.init_distributed()
 
 
+def test_who_has_joined_leaves_at_once(monkeypatch, capfd):
+    """JAX's own exit waits for the others, and they for this process. Failed once by leaving with sys.exit."""
+    from shardtrain.cli import main
+
+    left = []
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    assert main(["train", "nothing.py:tiny"]) == 2 and left == []
+    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: True)
+    assert main(["train", "nothing.py:tiny"]) == 2 and left == [2]
+    assert main(["config", "configs/gpt.py:tiny"]) == 0 and left == [2]  # who is done waits for the others
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.sys, "excepthook", lambda *_: print("trace"))
+        distributed._leave_at_once()
+        for error in (KeyError("planted"), st.ConfigError("wrong"), st.RunError("failed")):
+            distributed.sys.excepthook(type(error), error, None)
+    assert left[1:] == [3, 2, 3] and capfd.readouterr().out.split() == ["trace"] * 3
+
+
 def test_hardware_facts():
     """Every figure has a source and the size it should: a typing slip of 1000 fails."""
     assert set(CHIPS) == {"v5e", "v5p", "v6e", "a100", "h100"}
