@@ -48,7 +48,7 @@ class Pieces:
 def build_mesh(config: RunConfig, target: Target | None = None) -> AnyMesh:
     """The mesh of the config over all devices of the run, or a target's; axes of size 1 are left out."""
     sizes = {a: n for a, n in dataclasses.asdict(config.mesh).items() if n != 1} or {"data": 1}
-    dcn = {"data": config.dcn.data} if config.dcn.data > 1 else None
+    dcn = config.dcn.named
     return make_mesh(dcn=dcn, **sizes) if target is None else target.mesh(dcn=dcn, **sizes)
 
 

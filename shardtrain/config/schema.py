@@ -55,6 +55,7 @@ class MeshSizes:
     """Devices along each mesh axis, outer to inner; one may be -1."""
 
     slice: int = 1
+    slice_fsdp: int = 1
     stage: int = 1
     data: int = 1
     fsdp: int = 1
@@ -65,9 +66,15 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Dcn:
-    """Axes across the slow network."""
+    """So many times across the slow network, see `make_mesh`."""
 
     data: int = 1
+    fsdp: int = 1
+    stage: int = 1
+
+    @property
+    def named(self) -> dict[str, int]:
+        return {a: n for a, n in dataclasses.asdict(self).items() if n != 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +132,7 @@ class RunConfig:
     `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
+    `precision`: of the loss; f64, of everything, is there to compare (`shardtrain verify`).
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     """
 
@@ -137,7 +145,7 @@ class RunConfig:
     microbatches: int = 1
     schedule: str = "1f1b"
     groups: int | None = None
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "bf16", "f64"] = "f32"
     attention: Literal["ring", "gather", "ulysses"] = "ring"
     global_batch: int = 64
     steps: int = 100

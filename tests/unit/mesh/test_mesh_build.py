@@ -17,6 +17,9 @@ from shardtrain.mesh import AXES, CHIPS, chip_of, distributed
         ({"tensor": 2, "data": 2, "fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}),
         ({}, {"data": 8}),
         ({"data": 2, "dcn": {"data": 2}, "tensor": 2}, {"slice": 2, "data": 2, "tensor": 2}),
+        ({"fsdp": 2, "dcn": {"fsdp": 2}, "tensor": 2}, {"slice_fsdp": 2, "fsdp": 2, "tensor": 2}),
+        ({"data": 4, "dcn": {"stage": 2}}, {"stage": 2, "data": 4}),
+        ({"stage": 2, "data": 2, "dcn": {"stage": 2}}, {"stage": 4, "data": 2}),
         ({"mine": 2, "data": 4}, {"data": 4, "mine": 2}),
         ({"data": 8, "tensor": 1}, {"data": 8, "tensor": 1}),
     ],
@@ -39,7 +42,8 @@ def test_sizes_and_order(sizes, expected):
         ({"data": -1, "tensor": 3}, ["8 devices", "3"]),
         ({"data": 0}, ["0", "data"]),
         ({"data": 2.0}, ["2.0"]),
-        ({"fsdp": 4, "dcn": {"fsdp": 2}}, ["fsdp", "slice=2"]),
+        ({"tensor": 4, "dcn": {"tensor": 2}}, ["tensor", "slice=2"]),
+        ({"stage": -1, "dcn": {"stage": 2}}, ["stage=-1", "a size"]),
         ({"slice": 2, "data": 2, "dcn": {"data": 2}}, ["dcn", "slice"]),
     ],
 )
@@ -162,4 +166,4 @@ def test_hardware_facts():
     }  # fmt: skip
     assert {k: chip_of(Device(k)).name for k in names} == names
     assert chip_of(jax.devices()[0]) is None
-    assert AXES == ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+    assert AXES == ("slice", "slice_fsdp", "stage", "data", "fsdp", "expert", "context", "tensor")
