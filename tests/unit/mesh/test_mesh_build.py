@@ -1,5 +1,6 @@
 """Meshes, simulated devices, joining processes, hardware facts."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import jax
 import pytest
 
 import shardtrain as st
+from shardtrain.errors import MeshError
 from shardtrain.mesh import AXES, CHIPS, chip_of, distributed
+from shardtrain.mesh.build import across_slices, device_grid, named_sizes
 
 
 @pytest.mark.parametrize(
@@ -167,3 +170,42 @@ def test_hardware_facts():
     assert {k: chip_of(Device(k)).name for k in names} == names
     assert chip_of(jax.devices()[0]) is None
     assert AXES == ("slice", "slice_fsdp", "stage", "data", "fsdp", "expert", "context", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "wanted"),
+    [
+        ({"slice": 2, "data": 4}, 2, {"slice": 2, "data": 1}),
+        ({"slice_fsdp": 2, "fsdp": 4}, 2, {"slice_fsdp": 2, "fsdp": 1}),
+        ({"stage": 4, "data": 4}, 2, {"stage": 2, "data": 1}),
+        ({"slice": 2, "stage": 4, "data": 2}, 4, {"slice": 2, "stage": 2, "data": 1}),
+    ],
+)
+def test_across_slices(shape, slices, wanted):
+    """Stages go across where no axis of the slow network does. The fault in mind: stages within a slice, rows across."""
+    assert across_slices(shape, slices) == wanted
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"slice": 4, "data": 2}, {"stage": 3, "data": 2}])
+def test_slices_that_no_axis_crosses(shape):
+    with pytest.raises(MeshError, match="2 slices"):
+        across_slices(shape, 2)
+
+
+def test_stages_are_placed_across_slices():
+    """TPU slices of 4 chips: the first two stages of four in one, the others in the other."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Chip:
+        id: int
+        slice_index: int
+        coords: tuple
+        platform: str = "tpu"
+        device_kind: str = "TPU v5 lite"
+        core_on_chip: int = 0
+        process_index: int = 0
+
+    chips = [Chip(4 * s + i, s, (i % 2, i // 2, 0)) for s in (0, 1) for i in range(4)]
+    grid = device_grid(named_sizes(8, stage=2, data=2, dcn={"stage": 2}), chips)
+    assert grid.shape == (4, 2)
+    assert [[c.slice_index for c in row] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]
