@@ -82,11 +82,10 @@ def test_float64_layouts(wide, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_bf16_is_sane(name):
-    """Two orders of the same sums in 16 bits; a gradient of another size is still found."""
+    """Two orders of the same sums in 16 bits: within the bounds, and not in more bits than that by accident."""
     layouts = ["data8", "fsdp4-tensor2", "context8"]
     result = verified(name, layouts, precision="bf16")
-    assert all(c.equal for c in result.layouts), str(result)
-    assert not verified(name, layouts, precision="bf16", tolerance=1e-6).equal
+    assert all(c.equal and c.gradients > 1e-5 for c in result.layouts), str(result)
 
 
 NARROW = {

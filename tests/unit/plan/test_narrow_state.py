@@ -51,7 +51,10 @@ def mesh():
 
 
 def test_memory_shrinks_by_what_is_narrower(mesh):
-    """The step's arguments, by the compiler's own count. Failed once: the optimizer started from parameters in 16 bits, and so did its squares."""
+    """The step's arguments, by the compiler's own count.
+
+    Failed once: the optimizer started from parameters in 16 bits, and so did its squares.
+    """
     wide, moments, both = (
         planned(mesh),
         planned(mesh, "bfloat16"),
