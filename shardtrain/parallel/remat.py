@@ -89,10 +89,12 @@ def policy(name: str) -> Callable[..., bool]:
     if name == "full":
         return policies.save_only_these_names(REDUCED)
     kept = [[word.strip() for word in part.split(":")] for part in name.split(",") if part.strip()]
-    if any(len(words) > 2 or words[1:] not in ([], [OFFLOAD]) or not words[0] for words in kept):
+    wrong = any(len(words) > 2 or words[1:] not in ([], [OFFLOAD]) or not words[0] for words in kept)
+    if wrong or len({REDUCED, *(words[0] for words in kept)}) <= len(kept):
         raise ConfigError(
             f"'{name}'",
             where="remat",
+            why="each name once, and either saved or offloaded",
             fix=f"name, or name:{OFFLOAD}, with commas between, such as qkv,mlp_up:{OFFLOAD}",
         )
     if not kept:

@@ -25,7 +25,7 @@ def loss(name):
 
 def test_offloaded_by_name():
     """The one named value goes to the host and comes back, as lowered for TPU and GPU; gradients are those of saving it.
-    Failed once with the name among the saved ones."""
+    Failed once: it was saved on the device."""
     gradient = lambda name: jax.grad(loss(name), 1)
     for platform in ("tpu", "cuda"):
         moved = [
@@ -41,7 +41,9 @@ def test_offloaded_by_name():
         )
 
 
-@pytest.mark.parametrize("name", ["qkv:ofload", ":offload", "a:offload:b", "qkv:"])
+@pytest.mark.parametrize(
+    "name", ["qkv:ofload", ":offload", "a:offload:b", "qkv:", "a,a:offload", "reduced:offload"]
+)
 def test_words_that_say_nothing(name):
     with pytest.raises(ConfigError, match="name:offload"):
         policy(name)
