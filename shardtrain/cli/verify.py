@@ -2,6 +2,7 @@
 
   shardtrain verify configs/gpt.py:tiny                              every layout of its devices, 10 steps
   shardtrain verify configs/gpt.py:tiny --layouts data8,fsdp4-tensor2+tensor_sequence,stage2-data4+gpipe --steps 50
+  shardtrain verify configs/moe.py:tiny --precision f64              the judge: every leaf within 1e-12
   shardtrain verify configs/llama.py:b1 --width 256 --model.layers 4 --devices cpu:8
 
 A layout is mesh axes with their sizes, and after + what goes with them: rules, a kind of attention, a schedule, or xN for N
@@ -22,7 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layouts", default="all", help="all, or names with commas between")
     parser.add_argument("--steps", type=int, default=10, help="of the comparison")
     parser.add_argument("--width", type=int, default=0, help="embed of the model in place of the config's")
-    parser.add_argument("--tolerance", type=float, help="of gradients, relative: default 1e-5, 0.05 in bf16")
+    parser.add_argument(
+        "--tolerance", type=float, help="of gradients, relative: 1e-5, 0.05 in bf16, 1e-12 in f64"
+    )
     parser.set_defaults(takes_overrides=True)
 
 
@@ -41,6 +44,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if line:
         shell.say(line)
     import jax
+
+    if config.precision == "f64":
+        jax.config.update("jax_enable_x64", True)
 
     from shardtrain.config.verify import layouts_of, verify_config
     from shardtrain.plan.verify import Compared

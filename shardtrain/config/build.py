@@ -20,6 +20,7 @@ from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import AnyMesh, Target, make_mesh
 from shardtrain.models import build_model, language_model_loss
+from shardtrain.parallel.precision import dtype_of
 from shardtrain.parallel.presets import PRESETS
 from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
@@ -48,7 +49,7 @@ class Pieces:
 def build_mesh(config: RunConfig, target: Target | None = None) -> AnyMesh:
     """The mesh of the config over all devices of the run, or a target's; axes of size 1 are left out."""
     sizes = {a: n for a, n in dataclasses.asdict(config.mesh).items() if n != 1} or {"data": 1}
-    dcn = {"data": config.dcn.data} if config.dcn.data > 1 else None
+    dcn = config.dcn.named
     return make_mesh(dcn=dcn, **sizes) if target is None else target.mesh(dcn=dcn, **sizes)
 
 
@@ -154,6 +155,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         groups=groups,
         attention=config.attention,
         precision=config.precision,
+        param_dtype=None if config.param_dtype == "model" else config.param_dtype,
         learning_rate=pieces.learning_rate,
     )
 
@@ -186,14 +188,21 @@ def learning_rate(config: RunConfig) -> optax.Schedule:
 def optimizer(config: RunConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The config's optimizer: clip by the global norm, then the update. Only kernels and tables decay."""
     o = config.optimizer
+    narrow = None if o.state_dtype == "f32" else dtype_of("optimizer.state_dtype", o.state_dtype)
+    if narrow is not None and (o.name == "adafactor" or (o.name == "sgd" and not o.momentum)):
+        raise ConfigError(
+            f"'{o.state_dtype}', and {o.name} keeps no average of gradients",
+            where="optimizer.state_dtype",
+            fix="--optimizer.state-dtype f32" + (", or a momentum" if o.name == "sgd" else ""),
+        )
     if o.name == "adamw":
-        main = optax.adamw(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=decays)
+        main = optax.adamw(schedule, o.b1, o.b2, mu_dtype=narrow, weight_decay=o.weight_decay, mask=decays)
     elif o.name == "lion":
-        main = optax.lion(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=decays)
+        main = optax.lion(schedule, o.b1, o.b2, mu_dtype=narrow, weight_decay=o.weight_decay, mask=decays)
     elif o.name == "adafactor":
         main = optax.adafactor(schedule, weight_decay_rate=o.weight_decay or None, weight_decay_mask=decays)
     else:
-        main = optax.sgd(schedule, momentum=o.momentum or None)
+        main = optax.sgd(schedule, momentum=o.momentum or None, accumulator_dtype=narrow)
         if o.weight_decay:
             main = optax.chain(optax.add_decayed_weights(o.weight_decay, mask=decays), main)
     return optax.chain(optax.clip_by_global_norm(o.clip), main) if o.clip else main

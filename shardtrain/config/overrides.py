@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,7 @@ def fit_mesh(config: RunConfig, named: Sequence[str], devices: int) -> tuple[Run
     """
     sizes = dataclasses.asdict(config.mesh)
     given = {n.removeprefix("mesh."): sizes[n.removeprefix("mesh.")] for n in named if n.startswith("mesh.")}
-    slow = config.dcn.data
+    slow = math.prod(config.dcn.named.values())
     product = slow
     for size in sizes.values():
         product *= size

@@ -33,4 +33,4 @@ def resolve(name: str, flags: Sequence[str], devices: int | None = None) -> tupl
 def device_count(config: RunConfig) -> int | None:
     """Devices that the mesh asks for; None if an axis is free."""
     sizes = list(vars(config.mesh).values())
-    return None if -1 in sizes else math.prod(sizes) * config.dcn.data
+    return None if -1 in sizes else math.prod(sizes) * math.prod(config.dcn.named.values())

@@ -55,6 +55,7 @@ class MeshSizes:
     """Devices along each mesh axis, outer to inner; one may be -1."""
 
     slice: int = 1
+    slice_fsdp: int = 1
     stage: int = 1
     data: int = 1
     fsdp: int = 1
@@ -65,9 +66,15 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Dcn:
-    """Axes across the slow network."""
+    """So many times across the slow network, see `make_mesh`."""
 
     data: int = 1
+    fsdp: int = 1
+    stage: int = 1
+
+    @property
+    def named(self) -> dict[str, int]:
+        return {a: n for a, n in dataclasses.asdict(self).items() if n != 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +100,9 @@ class Text:
 class Optimizer:
     """An optax optimizer behind a warm-up and a decay, with the global gradient norm clipped.
 
-    `warmup` in steps; `final`: last learning rate as a fraction of the peak. `clip`: 0 for none.
+    `warmup` in steps; `final`: last learning rate as a fraction of the peak. `clip`: 0 for none. `state_dtype`: of the
+    average of gradients (first moment, momentum). That of their squares stays float32: what a step adds to it, 1 - b2 of
+    it, is less than 16 bits resolve.
     """
 
     name: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
@@ -106,6 +115,7 @@ class Optimizer:
     b2: float = 0.95
     momentum: float = 0.0
     clip: float = 1.0
+    state_dtype: Literal["f32", "bf16"] = "f32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +135,9 @@ class RunConfig:
     `groups`: at least so many; a new run takes the next multiple of its batch shards x microbatches and keeps
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
+    `precision`: of the loss; f64, of everything, is there to compare (`shardtrain verify`).
+    `param_dtype`: of parameters at rest; model: as it has them. In bf16 there is no copy in more bits, and a step that moves a
+    weight by less than a 256th of it may not move it.
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     """
 
@@ -137,7 +150,8 @@ class RunConfig:
     microbatches: int = 1
     schedule: str = "1f1b"
     groups: int | None = None
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "bf16", "f64"] = "f32"
+    param_dtype: Literal["model", "f32", "bf16"] = "model"
     attention: Literal["ring", "gather", "ulysses"] = "ring"
     global_batch: int = 64
     steps: int = 100

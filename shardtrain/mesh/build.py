@@ -18,8 +18,15 @@ from shardtrain.errors import MeshError
 AnyMesh = Mesh | AbstractMesh
 """Of devices that are here, or of a target's."""
 
-AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
-"""Mesh axes, outer to inner. `slice` is the slow network between slices or nodes."""
+AXES = ("slice", "slice_fsdp", "stage", "data", "fsdp", "expert", "context", "tensor")
+"""Mesh axes, outer to inner. `slice` and `slice_fsdp` are the slow network between slices or nodes."""
+
+SLOW = ("slice", "slice_fsdp")
+_ACROSS = {
+    "data": "slice",
+    "fsdp": "slice_fsdp",
+    "stage": "stage",
+}  # what an axis is called across the slow network
 
 
 def make_mesh(
@@ -31,7 +38,10 @@ def make_mesh(
         sizes: axis name -> size, e.g. `data=2, fsdp=-1, tensor=2`. One may be -1: what is left of
             the devices. No sizes at all means `data=-1`. Axes of your own come last, in the order
             given (inner-most: neighbours), and mean what your rules say.
-        dcn: axes that span the slow network, e.g. `{"data": 2}`: adds `slice=2`, which carries data.
+        dcn: axes that also span the slow network, so many times: `{"data": 2}` adds the mesh axis `slice=2`, which
+            carries rows; `{"fsdp": 2}` adds `slice_fsdp=2`, over which parameters are divided too and gathered;
+            `{"stage": 2}` needs no axis of its own: there are twice as many stages, the outermost mesh axis, and so half
+            of them in each slice.
         devices: defaults to `jax.devices()`.
 
     Returns:
@@ -53,17 +63,23 @@ def named_sizes(count: int, *, dcn: Mapping[str, int] | None = None, **sizes: in
     """Axis sizes for `count` devices, in the order of a mesh; see `make_mesh`."""
     sizes = dict(sizes) or {"data": -1}
     for axis, size in (dcn or {}).items():
-        if axis != "data":
+        across = _ACROSS.get(axis)
+        if across is None:
             raise MeshError(
-                f"dcn={{'{axis}': {size}}}: only data crosses the slow network by name",
+                f"dcn={{'{axis}': {size}}}: {', '.join(_ACROSS)} cross the slow network by name",
                 where="make_mesh",
-                fix=f"make_mesh(slice={size}, ...) and rules.override(params={{'*': ('slice', '{axis}')}})",
+                why="what the others send is too much for it",
+                fix=f"make_mesh(slice={size}, ...) and rules of your own that use slice",
             )
-        if "slice" in sizes:
-            raise MeshError("both dcn= and slice= were given", where="make_mesh", fix="give one of them")
-        sizes["slice"] = size
+        if axis != across and across in sizes:
+            raise MeshError(f"both dcn= and {across}= were given", where="make_mesh", fix="give one of them")
+        if sizes.get(across) == -1:
+            raise MeshError(
+                f"{across}=-1 and dcn={{'{axis}': {size}}}", where="make_mesh", fix=f"a size for {across}"
+            )
+        sizes[across] = size * sizes.get(across, 1) if _positive(size) else size
     for axis, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+        if not _positive(size) and size != -1:
             raise MeshError(
                 f"size {size!r} is not a positive integer",
                 where=f"mesh axis '{axis}'",
@@ -71,6 +87,30 @@ def named_sizes(count: int, *, dcn: Mapping[str, int] | None = None, **sizes: in
             )
     names = [a for a in AXES if a in sizes] + [a for a in sizes if a not in AXES]
     return resolve_sizes({a: sizes[a] for a in names}, count)
+
+
+def _positive(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
+
+
+def across_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
+    """How many parts of each mesh axis are in different slices: all of `slice` and `slice_fsdp`, and of `stage` the rest.
+
+    Raises:
+        MeshError: another number of slices.
+    """
+    outer = {a: n if a in SLOW else 1 for a, n in shape.items()}
+    rest, left = divmod(slices, math.prod(outer.values()))
+    if not left and rest > 1 and shape.get("stage", 1) % rest == 0:
+        outer["stage"], rest = rest, 1
+    if left or rest != 1:
+        said = " ".join(f"{a}={shape[a]}" for a in (*SLOW, "stage") if a in shape) or "slice=1"
+        raise MeshError(
+            f"the devices are in {slices} slices, the mesh says {said}",
+            where="mesh",
+            fix=f"dcn={{'data': {slices}}}, or fsdp or stage in its place",
+        )
+    return outer
 
 
 def resolve_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -112,15 +152,11 @@ def device_grid(shape: Mapping[str, int], devices: list[Any]) -> np.ndarray:
         return np.array(ordered, dtype=object).reshape(sizes)
     slices = {getattr(d, "slice_index", 0) for d in devices}
     if len(slices) > 1:
-        outer = [n if a == "slice" else 1 for a, n in shape.items()]
-        if math.prod(outer) != len(slices):
-            raise MeshError(
-                f"the devices are in {len(slices)} slices, the mesh says slice={math.prod(outer)}",
-                where="make_mesh",
-                fix=f"dcn={{'data': {len(slices)}}}",
-            )
-        inner = [1 if a == "slice" else n for a, n in shape.items()]
-        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        outer = across_slices(shape, len(slices))
+        inner = [n // outer[a] for a, n in shape.items()]
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, list(outer.values()), devices, allow_split_physical_axes=True
+        )
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 

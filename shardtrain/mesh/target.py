@@ -11,7 +11,7 @@ from typing import Literal
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from shardtrain.errors import MeshError, suggestion
-from shardtrain.mesh.build import named_sizes
+from shardtrain.mesh.build import across_slices, named_sizes
 from shardtrain.mesh.hardware import CHIPS, Chip
 
 Platform = Literal["tpu", "cuda", "cpu"]
@@ -109,15 +109,11 @@ class Target:
         """A mesh over the target's devices, as `make_mesh` makes one of those that are here.
 
         Raises:
-            MeshError: sizes that do not multiply to the number of devices; slices that are not `slice`.
+            MeshError: sizes that do not multiply to the number of devices; slices that no axis crosses.
         """
         shape = named_sizes(self.size, dcn=dcn, **sizes)
-        if self.slices > 1 and shape.get("slice", 1) != self.slices:
-            raise MeshError(
-                f"{self.slices} slices, the mesh says slice={shape.get('slice', 1)}",
-                where=f"target {self.name}",
-                fix=f"dcn={{'data': {self.slices}}}",
-            )
+        if self.slices > 1:
+            across_slices(shape, self.slices)
         platform = "gpu" if self.platform == "cuda" else self.platform
         device = AbstractDevice(device_kind=_FAMILIES[self.family].kind, num_cores=None, platform=platform)
         types = (AxisType.Auto,) * len(shape)

@@ -16,6 +16,7 @@ from shardtrain.errors import ConfigError
 from shardtrain.models.layers.cross_entropy import cross_entropy
 from shardtrain.models.layers.stack import empty_caches, scan_blocks
 from shardtrain.parallel.groups import Loss
+from shardtrain.parallel.precision import wide
 from shardtrain.parallel.stages import Stages
 from shardtrain.sharding import constrain
 from shardtrain.sharding.constrain import enter_block
@@ -99,7 +100,7 @@ class LanguageModel(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
         x_BTD = enter_block(x_BTD)
-        logits = jnp.einsum("btd,dv->btv", x_BTD, self.head(), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", x_BTD, self.head(), preferred_element_type=wide(x_BTD))
         return constrain(logits, "batch", "seq_block", "vocab")
 
     def empty_cache(self, batch: int, length: int) -> Any:

@@ -34,7 +34,7 @@ def attention(
     segments: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v; scores and softmax in float32. Exact on every mesh.
+    """softmax(q k^T / sqrt(head_dim)) v; scores and softmax in float32 or wider. Exact on every mesh.
 
     Under a Plan with a `context` axis each device holds a part of every sequence, and `plan(attention=...)` says how
     queries meet the keys of the others:
@@ -84,7 +84,7 @@ def attend(
     if segments is None and has_flash(_device(), q):
         return _flash(q, k, v, causal)
     if segments is None and length <= chunk:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+        return _product(q, k, v, causal=causal)
 
     # Scores exist for one chunk of queries at a time, in the backward too, where they are made again.
     @jax.checkpoint
@@ -94,7 +94,7 @@ def attend(
         mask = mask[None, None]
         if segments is not None and q_segments is not None:
             mask = mask & (q_segments[:, None, :, None] == segments[:, None, None])
-        return jax.nn.dot_product_attention(q_chunk, k, v, mask=mask)
+        return _product(q_chunk, k, v, mask=mask)
 
     if length <= chunk:
         return one(jnp.int32(0), q, segments)
@@ -107,6 +107,22 @@ def attend(
     parts = (jnp.arange(chunks) * chunk, cut(q), None if segments is None else cut(segments))
     out = jax.lax.map(lambda xs: one(*xs), parts)
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * chunk, *q.shape[2:])[:, :length]
+
+
+def _product(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, mask: jax.Array | None = None
+) -> jax.Array:
+    """On what is at hand. JAX's own takes its softmax in float32 whatever comes; here float64 stays so."""
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, mask=mask)
+    if causal:
+        mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btngh,bsnh->bngts", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    out = jnp.einsum("bngts,bsnh->btngh", jax.nn.softmax(scores), v)
+    return out.reshape(*q.shape[:2], -1, q.shape[-1])
 
 
 def _ulysses(

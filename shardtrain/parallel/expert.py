@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from shardtrain.errors import ShardingError
 from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
+from shardtrain.parallel.precision import widen
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.routing import capacity, places
 from shardtrain.sharding import context
@@ -40,7 +41,7 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 def _add_up(rows: jax.Array, index: jax.Array) -> jax.Array:
     """[parts, n, ...]: the sum over j of `rows[:, index[:, j]]`, in float32."""
-    return _take(rows, index).astype(jnp.float32).sum(2).astype(rows.dtype)
+    return widen(_take(rows, index)).sum(2).astype(rows.dtype)
 
 
 # Each is the other's transpose, so neither direction adds up by scatter.
@@ -212,7 +213,7 @@ def _exchanged(
         rows = _without_drops(apply, tensor, rows, to.sizes, n, width=tokens * min(k, experts // n))
         dropped = jnp.zeros_like(to.sizes).sum()
     by_place = spread(tensor.each(weights.reshape(-1, 1)), to.choice, to.place.reshape(-1, 1))
-    weighted = (rows.astype(jnp.float32) * by_place).astype(rows.dtype)
+    weighted = (widen(rows) * by_place).astype(rows.dtype)
     return collect(weighted, token, to.place).sum(0), dropped
 
 

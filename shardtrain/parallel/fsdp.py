@@ -14,13 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from shardtrain.mesh import device_of
+from shardtrain.mesh.build import SLOW
 from shardtrain.parallel.remat import GATHERED
 from shardtrain.sharding import context
 from shardtrain.sharding.rules import SMALL
 from shardtrain.tree import path_name
 
 RING = 8  # chips; see `_rings`
-SLOW = "slice"  # the mesh axis across the slow network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +114,22 @@ def _local(function: Callable[[jax.Array], jax.Array], shard: Shard) -> Callable
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(leaf: jax.Array, shard: Shard) -> jax.Array:
     def whole(local: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(local.astype(shard.wire), shard.axes, axis=shard.dim, tiled=True)
+        assert shard.dim is not None
+        return _all_gather(local.astype(shard.wire), shard.axes, shard.dim)
 
     return _local(whole, shard)(leaf).astype(shard.compute)
 
 
-def _gather_forward(leaf: jax.Array, shard: Shard) -> tuple[jax.Array, tuple[()]]:
-    return _gather(leaf, shard), ()
+def _gather_forward(leaf: jax.Array, shard: Shard) -> tuple[jax.Array, jax.Array]:
+    return _gather(leaf, shard), jnp.zeros(0, leaf.dtype)
 
 
-def _gather_backward(shard: Shard, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(shard: Shard, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     def scatter(local: jax.Array) -> jax.Array:
         assert shard.dim is not None
         return reduce_scatter(_declared(local, shard), shard.axes, shard.dim)
 
-    return (_local(scatter, shard)(gradient).astype(jnp.float32),)
+    return (_local(scatter, shard)(gradient).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -158,7 +159,7 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
     """The one reduction of a gradient over the batch axes that its gather has not reduced yet.
 
     Args:
-        gradient: this device's sum, float32; a shard already along `shard.axes`.
+        gradient: this device's sum, float32 or wider; a shard already along `shard.axes`.
         target: spec in which it is wanted; batch axes in it that `shard` lacks are scattered over.
         axes: all mesh axes over which gradients are sums.
 
@@ -179,7 +180,7 @@ def reduce_leaf(gradient: jax.Array, shard: Shard, target: PartitionSpec, axes: 
         others = tuple(a for a in rest if not any(a in over for _, over in scatter))
         return _all_reduce(local, others) if others else local
 
-    return _local(reduce, shard)(gradient).astype(jnp.float32) if rest else gradient
+    return _local(reduce, shard)(gradient).astype(gradient.dtype) if rest else gradient
 
 
 def _declared(x: jax.Array, shard: Shard) -> jax.Array:
@@ -205,9 +206,33 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
         part = x.shape[dim] // jax.lax.axis_size(axes)
         return jax.lax.dynamic_slice_in_dim(total, jax.lax.axis_index(axes) * part, part, dim)
     flat = x.reshape(math.prod(before), height, width)
+    (slow, within), left = across(axes), axes
+    if (
+        slow and within and tuple(axes) == (*slow, *within)
+    ):  # within a slice first: what crosses is a part of a part
+        flat = _scattered(flat.reshape(flat.shape[0] * jax.lax.axis_size(slow), -1, flat.shape[2]), within)
+        flat, left = flat.reshape(math.prod(before), -1, flat.shape[2]), slow
+    return _scattered(flat, left).reshape(*before, -1, *x.shape[dim + 1 :])
+
+
+def _scattered(flat: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     for axis, groups in _rings(axes):
         flat = jax.lax.psum_scatter(flat, axis, scatter_dimension=1, axis_index_groups=groups, tiled=True)
-    return flat.reshape(*before, -1, *x.shape[dim + 1 :])
+    return flat
+
+
+def across(axes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of mesh axes those across the slow network, and those within a slice."""
+    return tuple(a for a in axes if a in SLOW), tuple(a for a in axes if a not in SLOW)
+
+
+def _all_gather(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Across slices first, while each device has its part alone; then within."""
+    slow, within = across(axes)
+    if not (slow and within) or axes != (*slow, *within):
+        return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+    parts = jax.lax.all_gather(jax.lax.all_gather(x, slow, axis=dim), within, axis=dim + 1, tiled=True)
+    return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def _on_tpu() -> bool:
@@ -250,10 +275,10 @@ def _all_reduce(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
     The bytes are those of one all-reduce over all axes, but the slow network carries an n-th of them.
     """
-    within = tuple(a for a in axes if a != SLOW)
+    slow, within = across(axes)
     size = jax.lax.axis_size(within) if within else 1
     dim = next((d for d, n in enumerate(x.shape) if n % size == 0), None)
     if within == axes or not within or dim is None or x.size < SMALL:
         return jax.lax.psum(x, axes)
-    part = jax.lax.psum(reduce_scatter(x, within, dim), SLOW)
+    part = jax.lax.psum(reduce_scatter(x, within, dim), slow)
     return jax.lax.all_gather(part, within, axis=dim, tiled=True, to="invarying")

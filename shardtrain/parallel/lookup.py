@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import Shard, reduce_scatter, varying
+from shardtrain.parallel.precision import widen
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
 from shardtrain.sharding.rules import spec_axes
@@ -43,7 +44,7 @@ def lookup(table: jax.Array, ids: jax.Array, path: str) -> jax.Array:
         path: where the table lives in the model, for instance `"token_table"`.
 
     Returns:
-        `[*ids.shape, columns]`. The gradient of the table is summed in float32, whatever its dtype: a frequent
+        `[*ids.shape, columns]`. The gradient of the table is summed in float32 or wider, whatever its dtype: a frequent
         token in a 16-bit sum would lose most of its occurrences.
 
     Communicates: with n devices on fsdp and f = (n-1)/n, where rows are exchanged: an all-gather of the ids
@@ -142,9 +143,9 @@ def _backward(way: _Way, residuals: Any, gradient: jax.Array) -> tuple[jax.Array
         if way.scatter:
             rows = jax.lax.all_gather(rows.astype(shard.wire), way.vocab, axis=rows.ndim - 2, tiled=True)
         place, mine = _place(taken, height, way.vocab)
-        rows = jnp.where(mine[..., None], rows.astype(jnp.float32), 0.0)
+        rows = jnp.where(mine[..., None], widen(rows), 0.0)
         axes = {*jax.typeof(like).mat.varying, *jax.typeof(rows).mat.varying}
-        total = varying(jnp.zeros((height, rows.shape[-1]), jnp.float32), tuple(sorted(axes)))
+        total = varying(jnp.zeros((height, rows.shape[-1]), rows.dtype), tuple(sorted(axes)))
         return total.at[place].add(rows)
 
     ins = way.rows_spec(gradient.ndim), PartitionSpec()

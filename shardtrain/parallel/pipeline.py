@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from shardtrain.parallel import ticks as columns
 from shardtrain.parallel.fsdp import varying
+from shardtrain.parallel.precision import wide
 from shardtrain.parallel.schedules import Schedule
 from shardtrain.parallel.stages import STAGE, Deal, Stages
 from shardtrain.parallel.ticks import Ticks, forward_only, lower, runs
@@ -79,7 +80,7 @@ def run(
         train: False runs forwards alone, and the head with them. masked: see above.
 
     Returns:
-        `(gradients of shared, of the stack, scalars)`: sums over the microbatches of this stage, float32. None in
+        `(gradients of shared, of the stack, scalars)`: sums over the microbatches of this stage, float32 or wider. None in
         place of the gradients without `train`.
 
     Communicates: over `stage`, one x over each boundary between pieces per microbatch, and its gradient back: in each tick
@@ -109,7 +110,7 @@ class _Executor:
         buffers = lambda count: self.own(  # noqa: E731
             jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), x)
         )
-        sums = lambda tree: self.own(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), tree))  # noqa: E731
+        sums = lambda tree: self.own(jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s)), tree))  # noqa: E731
         carry = {"inputs": buffers(self.ticks.inputs), "scalars": self.no_scalars}
         if self.train:
             carry |= {

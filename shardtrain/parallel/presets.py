@@ -14,6 +14,8 @@ stage     divides the layers of a stack, at rest and when they run; embedding an
           gradients are all-reduced over it too. 2 m a bytes over each boundary, for m microbatches of a bytes. Needs a
           loss that says its parts (`st.Stages`). Source: Narayanan et al. (arXiv 2104.04473).
 
+slice_fsdp  divides what fsdp does, across the slow network; see `fsdp`.
+
 Beside them fsdp divides all parameters, experts and layers too, in `fsdp`, `fsdp_tensor`, `fsdp_tensor_sequence` and
 `infer`; data does in `zero1` and `zero1_tensor`.
 """
@@ -29,7 +31,7 @@ _WHOLE: dict[str, str | tuple[str, ...] | None] = {
     "layers": "stage",
 }
 _TENSOR = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
-_DATA, _EXPERT = ("slice", "data"), ("expert",)
+_DATA, _FSDP, _EXPERT = ("slice", "data"), ("slice_fsdp", "fsdp"), ("expert",)
 
 
 def _activations(
@@ -51,8 +53,9 @@ the parameters in the wire dtype, a reduce-scatter of the gradients, and each de
 whatever the number of microbatches. The modern parameter server.
 Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), stage 1."""
 
-fsdp = Rules("fsdp", {**_WHOLE, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), False))
-"""Parameters, gradients and optimizer state divided over fsdp; gathered layer by layer, 3f*X bytes.
+fsdp = Rules("fsdp", {**_WHOLE, ANY: _FSDP}, _activations((*_DATA, *_FSDP), False))
+"""Parameters, gradients and optimizer state divided over fsdp; gathered layer by layer, 3f*X bytes. Over slice_fsdp
+too: of w devices within each of s slices each sends 3(s-1)/s * X/w across them and 3(w-1)/w * X within.
 Source: ZeRO stage 3."""
 
 tensor = Rules("tensor", {**_WHOLE, **_TENSOR}, _activations(_DATA, True))
@@ -67,19 +70,17 @@ Source: Korthikanti et al. (arXiv 2205.05198)."""
 zero1_tensor = Rules("zero1_tensor", {**_WHOLE, **_TENSOR, ANY: "data"}, _activations(_DATA, True), hold=True)
 """`tensor` with parameters and optimizer state also divided over data, as in `zero1`."""
 
-fsdp_tensor = Rules("fsdp_tensor", {**_WHOLE, **_TENSOR, ANY: "fsdp"}, _activations((*_DATA, "fsdp"), True))
+fsdp_tensor = Rules("fsdp_tensor", {**_WHOLE, **_TENSOR, ANY: _FSDP}, _activations((*_DATA, *_FSDP), True))
 """The default: data, fsdp and tensor together. A mesh with only some of the axes gives those alone."""
 
 fsdp_tensor_sequence = Rules(
     "fsdp_tensor_sequence",
-    {**_WHOLE, **_TENSOR, ANY: "fsdp"},
-    _activations((*_DATA, "fsdp"), True, True),
+    {**_WHOLE, **_TENSOR, ANY: _FSDP},
+    _activations((*_DATA, *_FSDP), True, True),
 )
 """`fsdp_tensor` with the sequence divided as in `tensor_sequence`."""
 
-infer = Rules(
-    "infer", {ANY: "fsdp", "layers": "stage"}, _activations((*_DATA, "fsdp"), False), pick="largest"
-)
+infer = Rules("infer", {ANY: _FSDP, "layers": "stage"}, _activations((*_DATA, *_FSDP), False), pick="largest")
 """For models without any metadata: the largest dim that divides, over fsdp. Names are ignored."""
 
 PRESETS: dict[str, Rules] = {

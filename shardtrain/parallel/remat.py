@@ -8,10 +8,13 @@ from typing import Any
 import jax
 
 from shardtrain.errors import ConfigError
+from shardtrain.mesh import device_of
+from shardtrain.sharding import context
 
 GATHERED = "gathered"  # weights that `gather` made whole: never saved, gathered again in the backward
 REDUCED = "reduced"  # results of a collective of the forward: replaying them would send them again
 POLICIES = ("none", "dots", "full")
+OFFLOAD = "offload"
 
 
 # Moving and converting values is cheap; saving what it makes of a gathered weight would keep the weight.
@@ -70,7 +73,11 @@ def policy(name: str) -> Callable[..., bool]:
 
     `none`: save everything but gathered weights. `dots`: save matrix products without a batch dim.
     `full`: save only the input of the block and what came out of a collective.
-    `a,b`: as `full`, and the values that the model named `a` and `b` (our blocks name `qkv`, `mlp_up`).
+    `a,b`: as `full`, and the values that the model named `a` and `b` (our blocks name `qkv`, `mlp_up`). `a,b:offload`: as
+    that, and `b` waits for the backward in the memory of the host.
+
+    Raises:
+        ConfigError: a list of nothing, another word after the colon, `offload` for devices that have no other memory.
     """
     policies = jax.checkpoint_policies
     if name == "none":
@@ -81,14 +88,42 @@ def policy(name: str) -> Callable[..., bool]:
         )
     if name == "full":
         return policies.save_only_these_names(REDUCED)
-    names = [part.strip() for part in name.split(",") if part.strip()]
-    if not names:
+    kept = [[word.strip() for word in part.split(":")] for part in name.split(",") if part.strip()]
+    wrong = any(len(words) > 2 or words[1:] not in ([], [OFFLOAD]) or not words[0] for words in kept)
+    if wrong or len({REDUCED, *(words[0] for words in kept)}) <= len(kept):
+        raise ConfigError(
+            f"'{name}'",
+            where="remat",
+            why="each name once, and either saved or offloaded",
+            fix=f"name, or name:{OFFLOAD}, with commas between, such as qkv,mlp_up:{OFFLOAD}",
+        )
+    if not kept:
         raise ConfigError(
             f"remat policy '{name}' names nothing",
             where="remat",
             fix=f"one of {', '.join(POLICIES)}, or names of values such as qkv,mlp_up",
         )
-    return policies.save_only_these_names(REDUCED, *names)
+    saved, offloaded = ([words[0] for words in kept if len(words) == n] for n in (1, 2))
+    if not offloaded:
+        return policies.save_only_these_names(REDUCED, *saved)
+    _check_host(name)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[REDUCED, *saved],
+        names_which_can_be_offloaded=offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def _check_host(name: str) -> None:
+    layout = context.current()
+    if layout is not None and layout.mesh is not None and device_of(layout.mesh).platform == "cpu":
+        raise ConfigError(
+            f"'{name}', and CPU devices are in the memory of the host",
+            where="remat",
+            why="the CPU compiler drops the transfer, so it would save nothing and say nothing",
+            fix=f"'{name.replace(f':{OFFLOAD}', '')}' here; offload on GPU or TPU",
+        )
 
 
 def _unbatched(*_: Any) -> tuple[Any, Any]:

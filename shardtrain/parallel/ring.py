@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import alike, reduce_scatter
+from shardtrain.parallel.precision import wide as wide_of
 from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
@@ -118,7 +119,7 @@ def _local_forward(
 ) -> tuple[jax.Array, jax.Array]:
     q, k, v = alike(q, k, v)
     q2, keys = _queries(q, k.shape[2]), (_pieces(k), _pieces(v), _segments(segments))
-    wide = _wide(q)
+    wide = wide_of(q)
     like = (q2[..., 0].astype(wide) * 0 + LEAST, q2[..., 0].astype(wide) * 0, q2.astype(wide) * 0)
 
     def meet(total: Any, other: Pieces, pairs: Any) -> Any:
@@ -145,7 +146,7 @@ def _local_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v, out, logs, gradient = alike(q, k, v, out, logs, gradient)
     q2, keys = _queries(q, k.shape[2]), (_pieces(k), _pieces(v), _segments(segments))
-    d2, wide = _queries(gradient, k.shape[2]), _wide(q)
+    d2, wide = _queries(gradient, k.shape[2]), wide_of(q)
     delta = jnp.sum(d2.astype(wide) * _queries(out, k.shape[2]).astype(wide), -1)
 
     def meet(dq: jax.Array, other: Pieces, pairs: Any) -> tuple[jax.Array, Any]:
@@ -302,7 +303,7 @@ def _gradients(
 
 
 def _products(q: jax.Array, k: jax.Array, mask: Any) -> jax.Array:
-    scores = jnp.einsum("bngsh,bnth->bngst", q, k, preferred_element_type=_wide(q)) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bngsh,bnth->bngst", q, k, preferred_element_type=wide_of(q)) * q.shape[-1] ** -0.5
     return scores if mask is None else jnp.where(mask, scores, LEAST)
 
 
@@ -376,7 +377,3 @@ def _joined(xs: Any) -> Any:
         return back.reshape(*back.shape[:3], -1, *back.shape[5:])
 
     return jax.tree.map(join, xs)
-
-
-def _wide(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

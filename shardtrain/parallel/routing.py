@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from shardtrain.parallel.precision import widen
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.sequence import sequence_axes
 
 
 def scores_of(logits: jax.Array, score: str) -> jax.Array:
     """Float32 scores [T, E] of router logits: `softmax` over the experts, or `sigmoid` of each."""
-    logits = logits.astype(jnp.float32)
+    logits = widen(logits)
     return jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
 
 
@@ -80,7 +81,7 @@ def balance_loss(scores: jax.Array, chosen: jax.Array) -> jax.Array:
 
 def router_z_loss(logits: jax.Array) -> jax.Array:
     """Mean over tokens of logsumexp(logits)^2: keeps logits small. Source: Zoph et al., ST-MoE (arXiv 2202.08906)."""
-    return _of_group(jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), -1)).mean())
+    return _of_group(jnp.square(jax.nn.logsumexp(widen(logits), -1)).mean())
 
 
 def capacity(tokens: int, k: int, experts: int, factor: float) -> int:

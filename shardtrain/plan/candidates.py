@@ -143,6 +143,10 @@ def candidates(devices: int, axes: Iterable[str]) -> list[Candidate]:
     for inner in ("data", "fsdp", "tensor", "expert", "context", "stage"):
         if has(inner):
             add({"slice": 2, inner: half})
+    if has("fsdp"):
+        for inner in ("data", "fsdp", "tensor", "expert", "context", "stage"):
+            if has(inner):
+                add({"slice_fsdp": 2, inner: half})
     return found
 
 

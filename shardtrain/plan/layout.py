@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardtrain.errors import ShardingError
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard
+from shardtrain.parallel.precision import widen
 from shardtrain.plan.model import FROZEN
 from shardtrain.sharding.rules import ANY, KEPT, SMALL, Rules, mesh_text, resolve, spec_axes
 from shardtrain.train.state import TrainState
@@ -194,7 +195,7 @@ def abstract_state(
     by_path = lambda tree: jax.tree.unflatten(  # noqa: E731
         jax.tree.structure(tree), [leaves[p].spec if p in leaves else whole for p in flatten(tree)]
     )
-    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.eval_shape(lambda p: optimizer.init(jax.tree.map(widen, p)), params)
     specs = TrainState.of(
         step=whole,
         params=by_path(params),

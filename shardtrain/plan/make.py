@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from shardtrain.errors import ConfigError
 from shardtrain.mesh import device_of
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.attention import MODES
+from shardtrain.parallel.precision import dtype_of, wide
 from shardtrain.parallel.presets import PRESETS, fsdp_tensor
 from shardtrain.parallel.schedules import Schedule
 from shardtrain.plan import layout as layouts
@@ -25,8 +27,8 @@ from shardtrain.plan.given import (
     one_of,
     watch,
 )
-from shardtrain.plan.model import FROZEN, as_model
-from shardtrain.plan.plan import PRECISIONS, Plan
+from shardtrain.plan.model import FROZEN, as_model, initial
+from shardtrain.plan.plan import Plan
 from shardtrain.plan.staged import as_pipeline, at_rest, with_layers
 from shardtrain.sharding import Annotations, Rules, annotate
 from shardtrain.tree import flatten
@@ -44,7 +46,8 @@ def plan(
     groups: int | None = None,
     precision: str = "f32",
     wire_dtype: Any = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: Any = None,
+    param_dtype: str | None = None,
     trainable: Any = None,
     annotations: Annotations | Mapping[str, Any] | None = None,
     learning_rate: Any = None,
@@ -65,9 +68,12 @@ def plan(
         microbatches: how many groups each device takes one after the other; a lever on memory.
         groups: number of groups G; default: batch shards x microbatches. A device takes G / shards
             groups, one after the other, so G may be more than `microbatches` asks for, never less.
-        precision: "f32", or "bf16": parameters are float32 and cast to bfloat16 for the loss.
+        precision: of the loss: "f32", "bf16" (parameters are cast), or "f64" for everything, to compare (needs JAX's
+            64 bits).
         wire_dtype: of gathered weights; default: the compute dtype, float32 on CPU.
-        reduce_dtype: of the reduction of gradients.
+        reduce_dtype: of the reduction of gradients; default: float32, float64 under "f64".
+        param_dtype: "f32", "bf16" or "f64", of parameters at rest; default: as the model has them, "f64" under "f64". The
+            optimizer sees them, and keeps its state, in float32: an update is rounded once, as it is added.
         trainable: an nnx filter; parameters it leaves out are kept but not trained.
         annotations: `st.annotate({...})`, logical axes by path for models that carry none.
         learning_rate: number or schedule of the step, only to report it as a metric.
@@ -91,6 +97,7 @@ def plan(
         precision=precision,
         wire_dtype=wire_dtype,
         reduce_dtype=reduce_dtype,
+        param_dtype=param_dtype,
         trainable=trainable,
         annotations=annotations,
         learning_rate=learning_rate,
@@ -98,7 +105,9 @@ def plan(
         schedule=schedule,
     )
     rules = one_of("rules", rules, PRESETS) if isinstance(rules, str) else rules
-    compute = one_of("precision", precision, PRECISIONS)
+    compute = dtype_of("precision", precision)
+    kept = _kept(precision, param_dtype)
+    reduce_dtype = reduce_dtype or wide(jnp.dtype(compute))
     one_of("attention", attention, dict.fromkeys(MODES))
     layouts.check_mesh(mesh, rules)
     abstract_batch = jax.tree.map(
@@ -115,7 +124,7 @@ def plan(
     if annotations is not None and not isinstance(annotations, Annotations):
         annotations = annotate(annotations)
 
-    params, model_state = jax.eval_shape(adapted.init, jax.random.key(0))
+    params, model_state = jax.eval_shape(lambda key: initial(adapted, key, kept), jax.random.key(0))
     named = {**flatten(params), **flatten(model_state.get(FROZEN, {}))}
     axes: dict[str, Any] = {path: adapted.axes.get(path) for path in named}
     if annotations is not None:
@@ -125,7 +134,7 @@ def plan(
     pipe = as_pipeline(adapted, loss_fn, schedule, named, model_state, mesh, rules, calls)
     axes, placing = with_layers(pipe, axes, named), at_rest(pipe, rules)
     layouts.check_names(named, axes, placing, mesh)
-    wire = wire_dtype or (jnp.float32 if device_of(mesh).platform == "cpu" else compute)
+    wire = wire_dtype or (wide(jnp.dtype(compute)) if device_of(mesh).platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
     seen = watch(loss, params, model_state, group_batch, rules, mesh)
     check_stacks(seen, named)
@@ -147,6 +156,7 @@ def plan(
         microbatches=calls,
         groups=groups,
         precision=precision,
+        kept=kept,
         batch=abstract_batch,
         global_batch=rows,
         leaves=leaves,
@@ -157,3 +167,16 @@ def plan(
         abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
         again=again,
     )
+
+
+def _kept(precision: str, param_dtype: str | None) -> Any:
+    """Dtype of parameters at rest; None: as the model has them."""
+    if precision == "f64" and param_dtype not in (None, "f64"):
+        raise ConfigError(
+            f"'{param_dtype}' under precision 'f64'",
+            where="param_dtype",
+            why="f64 is there to compare exactly; rounded parameters would not be",
+            fix="param_dtype=None",
+        )
+    name = "f64" if precision == "f64" else param_dtype
+    return None if name is None else dtype_of("param_dtype", name)

@@ -8,6 +8,8 @@ weights      a leaf divided over batch axes (fsdp) is gathered in the wire dtype
              and again for its backward where gathered weights are not kept (declared by the model's scan, or by
              our remat of an unrolled one); vectors are small enough to be kept. Rules that hold weights for a
              step gather them once. Rajbhandari et al., ZeRO (arXiv 1910.02054), stage 3: 3f*X in all.
+             Over slice_fsdp and fsdp, s slices of w devices: gathered across them first, (s-1)/s * X/w, then within,
+             (w-1)/w * X; and reduced in the other order.
 gradients    of such a leaf leave each call by a reduce-scatter in the reduce dtype, f*X; those of held or whole
              leaves leave once a step: all-reduce 2f*X, or reduce-scatter f*X where the optimizer's copy is divided.
              Over slice and data an all-reduce of 2f*X with n = slices x data, of which only 2(s-1)/s * X/d
@@ -49,6 +51,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.expert import AXIS
+from shardtrain.parallel.fsdp import across
 from shardtrain.parallel.pipeline import Pipeline
 from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.layout import Leaf, in_stack
@@ -182,13 +185,23 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
     shard = leaf.shard
     if shard.dim is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
+
+    def send(what: str, op: str, size: float, times: str = "") -> None:
+        slow, within = across(shard.axes)
+        if slow and within:
+            w = _parts(plan, within)
+            add(what, op, within, _share(w) * size, f"{times}f*X")
+            add(f"{what}, across slices", op, slow, _share(_parts(plan, slow)) * size / w, f"{times}f*X/w")
+        else:
+            add(what, op, shard.axes, _share(_parts(plan, shard.axes)) * size, f"{times}f*X")
+
     share = _share(_parts(plan, shard.axes))
     size = _size(plan, leaf)
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
     if leaf.path in plan.held_leaves:
-        add("weights of the step", "all-gather", shard.axes, share * wire, "f*X")
+        send("weights of the step", "all-gather", wire)
         return
     if leaf.path in plan.tables:
         # Rows are whole on every tensor device: only an axis on the columns would divide what moves.
@@ -212,7 +225,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
         )
         return
     times = "" if calls == 1 else f"{calls} x "
-    add("weights forward", "all-gather", shard.axes, calls * share * wire, f"{times}f*X")
+    send("weights forward", "all-gather", calls * wire, times)
     again = _run_again(plan)
     if again and plan.pipeline is not None and plan.pipeline.owns(leaf.path):
         add(
@@ -223,9 +236,9 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
             f"{times}f*X*(p*v-1)/(p*v)",
         )
     if matrix and (stacked or plan.regathers) and trained:
-        add("weights backward", "all-gather", shard.axes, calls * share * wire, f"{times}f*X")
+        send("weights backward", "all-gather", calls * wire, times)
     if trained:
-        add("gradients", "reduce-scatter", shard.axes, calls * share * back, f"{times}f*X")
+        send("gradients", "reduce-scatter", calls * back, times)
 
 
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
@@ -247,11 +260,11 @@ def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
             stored = math.prod(leaf.shape) / _parts(plan, spec_axes(leaf.spec)) * leaf.dtype.itemsize
             add("updates", "all-gather", whole, _share(_parts(plan, whole)) * stored, "f*X")
         rest = [a for a in rest if a not in scattered]
-    if "slice" in rest and len(rest) > 1:
-        within = tuple(a for a in rest if a != "slice")
+    slow, within = across(tuple(rest))
+    if slow and within:
         n = _parts(plan, within)
         add("gradients within a slice", "all-reduce", within, 2 * _share(n) * size, "2f*X")
-        size, rest = size / n, ["slice"]
+        size, rest = size / n, list(slow)
     if rest:
         share = _share(_parts(plan, rest))
         add("gradients", "all-reduce", tuple(rest), 2 * share * size, "2f*X")

@@ -40,6 +40,17 @@ class Model(abc.ABC):
         """`model_state["variables"]` after the call."""
 
 
+def initial(model: Model, key: jax.Array, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """`model.init(key)`, with parameters in `dtype` where one is given. Other variables follow only to float64, where
+    everything is; a running mean in 16 bits would stand still."""
+    params, state = model.init(key)
+    if dtype is None:
+        return params, state
+    to = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    follow = {FROZEN, VARIABLES} if dtype == jnp.float64 else {FROZEN}
+    return jax.tree.map(to, params), {k: jax.tree.map(to, v) if k in follow else v for k, v in state.items()}
+
+
 def as_model(model: Any, batch: Any, trainable: Any) -> Model:
     """Any of the accepted kinds, behind one face. Allocates nothing but what an instance holds already."""
     from flax import nnx

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardtrain.mesh import Target
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.pipeline import Pipeline
+from shardtrain.parallel.precision import PRECISIONS, widen
 from shardtrain.plan import aot, batches
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
@@ -24,7 +25,7 @@ from shardtrain.plan.given import (
     Seen,
     group_loss,
 )
-from shardtrain.plan.model import Model
+from shardtrain.plan.model import Model, initial
 from shardtrain.plan.staged import part_functions
 from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
@@ -33,7 +34,6 @@ from shardtrain.train.step import StepParts, evaluate_step, field_spec, gradient
 from shardtrain.tree import flatten
 
 log = logging.getLogger("shardtrain")
-PRECISIONS = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +42,8 @@ class Plan:
 
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
     `leaves`: path of a parameter -> shape, logical axes, spec. `seen`: what the first trace told.
-    `groups`, `microbatches`: see `plan`. `pipeline`: where the mesh has stages. `again`: the same plan on another mesh.
+    `groups`, `microbatches`: see `plan`. `kept`: dtype of parameters at rest, None: the model's. `pipeline`: where the
+    mesh has stages. `again`: the same plan on another mesh.
     """
 
     adapter: Model
@@ -53,6 +54,7 @@ class Plan:
     microbatches: int
     groups: int
     precision: str
+    kept: Any
     batch: Any
     global_batch: int
     leaves: Mapping[str, layouts.Leaf]
@@ -147,12 +149,12 @@ class Plan:
         structure = self.abstract_state.structure
 
         def create(key: jax.Array) -> tuple[Any, ...]:
-            params, model_state = self.adapter.init(key)
+            params, model_state = initial(self.adapter, key, self.kept)
             state = TrainState.of(
                 step=jnp.int32(0),
                 params=params,
                 model_state=model_state,
-                opt_state=self.optimizer.init(params),
+                opt_state=self.optimizer.init(jax.tree.map(widen, params)),
                 grad_state={},
                 key=jax.random.key_data(jax.random.fold_in(key, 1)),
                 cursor=jnp.asarray(cursor_words(0)),

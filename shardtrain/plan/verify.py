@@ -27,13 +27,31 @@ import optax
 
 from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import make_mesh
+from shardtrain.parallel.precision import dtype_of, wide
 from shardtrain.plan.candidates import Candidate
-from shardtrain.plan.given import batch_spec, one_of
+from shardtrain.plan.given import batch_spec
 from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
 from shardtrain.tree import flatten, table
 
-TOLERANCES = {"f32": 1e-5, "bf16": 5e-2}  # of first gradients; of the rest ten times as much
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What may differ: `gradients`, relative; `losses` and gradient norms over ten steps (after them ten times as much), and
+    `rest` (sums of gradients, parameters, optimizer state), as multiples of it; `eps`: one rounding."""
+
+    gradients: float
+    losses: float
+    rest: float
+    eps: float
+
+
+BOUNDS = {
+    "f64": Bounds(1e-12, 1, 1, float(np.finfo(np.float64).eps)),
+    "f32": Bounds(1e-5, 1, 10, float(np.finfo(np.float32).eps)),
+    "bf16": Bounds(5e-2, 0.1, 1, float(jnp.finfo(jnp.bfloat16).eps)),
+}
+"""By precision. In 16 bits two orders of a sum differ by as much as a small fault: a bound on sanity alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +151,10 @@ def verify(
         layouts: names such as `data2-fsdp4` or `tensor8+tensor_sequence`; see `plan.candidates`.
         steps: of the comparison.
         groups: at least so many, as in a config; each layout takes the next multiple of its batch shards x microbatches.
-        tolerance: of gradients; default 1e-5 in f32, 0.05 in bf16. Losses and norms within it over 10 steps and ten
-            times it after, parameters and optimizer state within ten times it.
+        precision: of the comparison, see `st.plan`; "f64" needs JAX's 64 bits.
+        tolerance: of gradients; default 1e-12 in f64, 1e-5 in f32, 0.05 in bf16. Losses and norms within it (in bf16 a
+            tenth of it) over 10 steps and ten times that after; parameters and optimizer state within it (in f32 ten
+            times it).
         devices: defaults to all; the reference runs on the first.
         say: called with each result as it comes.
 
@@ -145,8 +165,10 @@ def verify(
         What `st.plan` raises for the reference.
     """
     here = list(jax.devices() if devices is None else devices)
-    usual = one_of("precision", precision, TOLERANCES)
-    tolerance = usual if tolerance is None else tolerance
+    dtype_of("precision", precision)
+    bounds = BOUNDS[precision]
+    if tolerance is not None:
+        bounds = dataclasses.replace(bounds, gradients=tolerance)
     wanted = [Candidate.parse(c) if isinstance(c, str) else c for c in layouts]
     if not wanted:
         raise ConfigError("no layouts", where="verify", fix="layouts=['data8', ...]")
@@ -185,7 +207,7 @@ def verify(
             return Compared(*common, asked, 0, **blank, equal=None, first_difference=why, seconds=0.0)
         if count not in references:
             references[count] = _train(made({"data": 1}, count, here[:1]), batches, steps, seed)
-        found = _compare(ours, references[count], tolerance)
+        found = _compare(ours, references[count], bounds)
         return Compared(
             *common, layout.microbatches, count, **found, seconds=round(time.monotonic() - start, 1)
         )
@@ -196,7 +218,7 @@ def verify(
         if say is not None:
             say(results[-1])
     text = f"one device with the same groups, {steps} steps, {precision}"
-    return Verification(tuple(results), text, tolerance)
+    return Verification(tuple(results), text, bounds.gradients)
 
 
 def plan_shards(candidate: Candidate, devices: Sequence[Any]) -> int:
@@ -225,7 +247,7 @@ def _record() -> optax.GradientTransformation:
     """Keeps the gradients of the last step and the sum of all; passes them on as they are."""
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params)
         return {"last": zeros, "total": zeros}
 
     def update(grads: Any, state: Any, params: Any = None) -> Any:
@@ -257,21 +279,22 @@ def _train(made: Plan, batches: Sequence[Any], steps: int, seed: int) -> _Traine
     )
 
 
-def _compare(ours: _Trained, reference: _Trained, tolerance: float) -> dict[str, Any]:
-    gradients = _leaves(ours.gradients, reference.gradients, tolerance)
-    total = _leaves(ours.total, reference.total, tolerance)
+def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, Any]:
+    gradients = _leaves(ours.gradients, reference.gradients, bounds)
+    total = _leaves(ours.total, reference.total, bounds)
     params = _against_all(ours.params, reference.params)
     optimizer = _against_all(ours.optimizer, reference.optimizer) if reference.optimizer else {}
     relative = lambda a, b: np.abs(a - b) / np.maximum(np.abs(b), 1e-30)  # noqa: E731
     loss, norm = relative(ours.losses, reference.losses), relative(ours.norms, reference.norms)
-    allowed = np.where(np.arange(len(loss)) < 10, tolerance, 10 * tolerance)
+    tolerance, rest = bounds.gradients, bounds.gradients * bounds.rest
+    allowed = tolerance * bounds.losses * np.where(np.arange(len(loss)) < 10, 1, 10)
     checks = [
         *((f"gradient of {k}: {d:.1e}", d, tolerance) for k, d in gradients.items()),
         *((f"loss of step {i + 1}: {d:.1e}", d, allowed[i]) for i, d in enumerate(loss)),
         *((f"gradient norm of step {i + 1}: {d:.1e}", d, allowed[i]) for i, d in enumerate(norm)),
-        *((f"sum of gradients of {k}: {d:.1e}", d, 10 * tolerance) for k, d in total.items()),
-        *((f"parameter {k}: {d:.1e}", d, 10 * tolerance) for k, d in params.items()),
-        *((f"optimizer {k}: {d:.1e}", d, 10 * tolerance) for k, d in optimizer.items()),
+        *((f"sum of gradients of {k}: {d:.1e}", d, rest) for k, d in total.items()),
+        *((f"parameter {k}: {d:.1e}", d, rest) for k, d in params.items()),
+        *((f"optimizer {k}: {d:.1e}", d, rest) for k, d in optimizer.items()),
     ]
     # Not "greater than": a difference that is no number is one too.
     first = next((text for text, d, limit in checks if not d <= limit), None)
@@ -296,10 +319,10 @@ def _global_norm(tree: dict[str, np.ndarray]) -> float:
 
 
 def _leaves(
-    ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], tolerance: float
+    ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], bounds: Bounds
 ) -> dict[str, float]:
     """Against each leaf's own norm; the floor allows two roundings of the global norm at this tolerance."""
-    floor = 2 * float(np.finfo(np.float32).eps) / tolerance * _global_norm(reference)
+    floor = 2 * bounds.eps / bounds.gradients * _global_norm(reference)
     return {k: _norm(np.float64(ours[k]) - reference[k]) / max(_norm(reference[k]), floor) for k in reference}
 
 

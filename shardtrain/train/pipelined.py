@@ -51,7 +51,7 @@ def pipelined(
         masked: all stages run everything, see `parallel/pipeline.py`.
 
     Returns:
-        `(gradients, vector)`, float32. Both are this stage's part of a sum over `stage`; gradients of a stack
+        `(gradients, vector)`, float32 or wider. Both are this stage's part of a sum over `stage`; gradients of a stack
         that is divided over `stage` are whole. None in place of the gradients without `train`.
     """
     shared, stack = _parted(pipe, params)
@@ -73,7 +73,8 @@ def pipelined(
 
     def head(shared: Any, i: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
         loss = functions.head(*model(shared, one(stack)), rng(i), row(i), x)
-        return jnp.float32(loss.sum), scalars(loss)
+        vector = scalars(loss)
+        return jnp.asarray(loss.sum, vector.dtype), vector
 
     work = Work(embed, piece, head)
     d_shared, d_stack, total = pipeline.run(

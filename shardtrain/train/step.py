@@ -21,6 +21,7 @@ from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.fsdp import Shard, gather_leaf, reduce_leaf, varying
 from shardtrain.parallel.groups import Loss, group_key
 from shardtrain.parallel.pipeline import Pipeline
+from shardtrain.parallel.precision import wide, widen
 from shardtrain.parallel.remat import remat
 from shardtrain.parallel.stages import STAGE
 from shardtrain.sharding import context
@@ -110,11 +111,12 @@ def _manual(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
 
 def _scalars(loss: Loss) -> tuple[jax.Array, tuple[str, ...]]:
     """`[sum, weight, then two of each metric]` as one vector, so that they travel together."""
-    weight = jnp.float32(loss.weight)
-    values = [jnp.float32(loss.sum), weight]
+    dtype = wide(loss.sum)
+    weight = jnp.asarray(loss.weight, dtype)
+    values = [jnp.asarray(loss.sum, dtype), weight]
     for value in loss.metrics.values():
         pair = value if isinstance(value, tuple) else (value * weight, weight)
-        values += [jnp.float32(v) for v in pair]
+        values += [jnp.asarray(v, dtype) for v in pair]
     return jnp.stack(values), tuple(loss.metrics)
 
 
@@ -124,7 +126,7 @@ def gradients(
     """Sum over all groups of the gradients of `Loss.sum`, the scalars, and the merged variables.
 
     Returns:
-        Gradients (float32, not divided by the weight) in the specs `parts.reduced`; a vector
+        Gradients (float32 or wider, not divided by the weight) in the specs `parts.reduced`; a vector
         `[sum, weight, ...]`; new variables; the names of the metrics in the vector.
 
     Communicates: per group, what `gather` says for sharded parameters; once per step, all-reduce
@@ -141,12 +143,12 @@ def gradients(
             loss, new = parts.loss(_whole(parts, params), _whole(parts, frozen), variables, group_rng, rows)
             scalars, metric_names = _scalars(loss)
             names.append(metric_names)
-            return jnp.float32(loss.sum), (scalars, new)
+            return jnp.asarray(loss.sum, scalars.dtype), (scalars, new)
 
         if parts.regather:
             objective = remat(objective, "none")
         (_, (scalars, new)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return jax.tree.map(jnp.float32, grads), scalars, new
+        return jax.tree.map(widen, grads), scalars, new
 
     def local(
         params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
@@ -272,7 +274,7 @@ def _rows(batch: Any, parts: StepParts) -> Any:
 
 
 def _accumulator(dtype: Any) -> Any:
-    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return wide(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _is_last(x: Any) -> bool:
@@ -311,15 +313,15 @@ def train_step(
     grads, scalars, variables, names = gradients(
         parts, state.params, state.model_state, state.key, state.step, batch
     )
-    weight = jnp.maximum(scalars[1], jnp.finfo(jnp.float32).tiny)
+    weight = jnp.maximum(scalars[1], jnp.finfo(scalars.dtype).tiny)
     grads = jax.tree.map(lambda g: g / weight, grads)
     params = state.params
-    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, jax.tree.map(widen, params))
     params = optax.apply_updates(params, updates)
     metrics = {
         "loss": scalars[0] / weight,
         "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(jax.tree.map(widen, params)),
         "tokens": scalars[1],
     }
     rate = learning_rate(opt_state, state.step)
@@ -339,7 +341,7 @@ def train_step(
 
 def _ratios(scalars: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
     return {
-        name: scalars[2 + 2 * i] / jnp.maximum(scalars[3 + 2 * i], jnp.finfo(jnp.float32).tiny)
+        name: scalars[2 + 2 * i] / jnp.maximum(scalars[3 + 2 * i], jnp.finfo(scalars.dtype).tiny)
         for i, name in enumerate(names)
     }
 

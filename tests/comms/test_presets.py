@@ -10,6 +10,7 @@ import pytest
 
 import shardtrain as st
 from shardtrain.models import GPTConfig, build_model, language_model_loss
+from shardtrain.plan.minimum import minimum
 from shardtrain.tree import flatten
 
 CONFIG = GPTConfig(vocab=256, sequence=32, embed=64, layers=3, heads=8, remat="dots")
@@ -177,3 +178,17 @@ def test_a_program_does_not_grow_with_layers(steps):
     assert len(many.collectives()) == len(few.collectives())
     runs = lambda step: sum(c.count for c in step.collectives() if LAYERS in c.loops or 3 * LAYERS in c.loops)
     assert runs(many) == 3 * runs(few) > 0
+
+
+def test_fsdp_across_slices():
+    """Over 2 slices of 4 devices: of X gathered 3/4 within and 1/2 * X/4 across, and the minimum says so.
+
+    Failed once: gathered within first, each device sent 1/2 * X across.
+    """
+    plan, step = compiled({"fsdp": 4, "dcn": {"fsdp": 2}}, "fsdp")
+    sent = {key: wire for key, (_, wire) in step.collectives().by_axis().items()}
+    assert set(op for op, _ in sent) == {"all-gather", "reduce-scatter", "all-reduce"}
+    for op in ("all-gather", "reduce-scatter"):
+        assert sent[op, "slice_fsdp"] == sent[op, "fsdp"] / 6
+        for axis in ("slice_fsdp", "fsdp"):
+            assert sent[op, axis] == sum(t.bytes for t in minimum(plan) if (t.op, t.axis) == (op, axis))

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {
     "context2-hybrid": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor", 4),
     "context2-sequence": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor_sequence", 4),
     "slices-context": ({"slice": 2, "context": 2, "tensor": 2}, "fsdp_tensor", 4),
+    "slices-fsdp": ({"slice_fsdp": 2, "fsdp": 2, "tensor": 2}, "fsdp_tensor", 2),
+    "slices-both": ({"slice": 2, "slice_fsdp": 2, "fsdp": 2}, "fsdp_tensor", 2),
     "slices": ({"slice": 2, "data": 2, "tensor": 2}, "tensor", 2),
 }
 EXPERT_LAYOUTS: dict[str, tuple[dict[str, int], str, int]] = {

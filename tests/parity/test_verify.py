@@ -61,7 +61,7 @@ def reference(config):
 
 
 def found(config, name, tx=None):
-    return room._compare(trained(config, name, tx), reference(config), 1e-5)
+    return room._compare(trained(config, name, tx), reference(config), room.BOUNDS["f32"])
 
 
 # --- the faults -----------------------------------------------------------------------------------

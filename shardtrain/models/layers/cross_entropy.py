@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import alike
+from shardtrain.parallel.precision import wide, widen
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.stream import collect, split_dim
 from shardtrain.sharding import constrain, context
@@ -29,9 +30,9 @@ def cross_entropy(
     *,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Sum over tokens of `weight * (logsumexp(logits) - logit of the target)`, float32, in nats.
+    """Sum over tokens of `weight * (logsumexp(logits) - logit of the target)`, float32 or wider, in nats.
 
-    Logits are made in float32 for a chunk of tokens at a time, and the gradients of `x` and the head in
+    Logits are made so for a chunk of tokens at a time, and the gradients of `x` and the head in
     the same pass, so that the backward multiplies nothing again. The target's logit is a masked sum,
     which under a vocab-sharded head is a partial sum: per token, three scalars cross the tensor axis.
 
@@ -52,7 +53,7 @@ def cross_entropy(
         cut, spec = _along_sequence(targets_BT.shape, wanted, stream)
     else:
         cut, spec = _along_tokens(tokens, wanted), None
-    inputs = (cut(x_BTD), head_DV, cut(targets_BT), cut(weights_BT).astype(jnp.float32))
+    inputs = (cut(x_BTD), head_DV, cut(targets_BT), cut(weights_BT).astype(wide(x_BTD)))
     return _summed(*alike(*inputs), spec)
 
 
@@ -114,7 +115,7 @@ def _chunk(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of one chunk, and the gradient of its logits."""
-    logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=wide(x))
     logits = constrain(logits, "vocab")
     hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     top = logits.max(-1)
@@ -139,17 +140,17 @@ def _forward(
         else:
             split = (split_dim(g, g.ndim - 1, x.shape[0]) for g in (gradient, head))
             x_gradient = collect(jnp.einsum("...zv,dzv->z...d", *split).astype(x.dtype), spec, 0)
-        head_gradient += jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=jnp.float32)
+        head_gradient += jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=wide(x))
         return constrain(head_gradient, None, "vocab"), (loss, x_gradient)
 
-    start, _ = alike(jnp.zeros(head.shape, jnp.float32), head)
+    start, _ = alike(jnp.zeros(head.shape, wide(head)), head)
     head_gradient, (losses, x_gradient) = jax.lax.scan(body, start, (x, targets, weights))
     # Saved under every remat policy: to recompute them would be to run the head again.
     return losses.sum(), checkpoint_name((x_gradient, head_gradient.astype(head.dtype)), REDUCED)
 
 
 def _backward(spec: PartitionSpec | None, residuals: Any, upstream: jax.Array) -> tuple[Any, ...]:
-    scaled = [(g.astype(jnp.float32) * upstream).astype(g.dtype) for g in residuals]
+    scaled = [(widen(g) * upstream).astype(g.dtype) for g in residuals]
     return *scaled, None, None
 
 

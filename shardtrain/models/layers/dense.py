@@ -15,13 +15,15 @@ def normal(rngs: nnx.Rngs, stddev: float, **dims: int) -> nnx.Param:
 
     The keywords are logical axes in order; a name that starts with `_` has none.
     """
-    init = logical(nnx.initializers.normal(stddev), *_axes(dims))
+    init = logical(nnx.initializers.normal(stddev, jnp.float32), *_axes(dims))
     return nnx.Param(init(rngs.params(), tuple(dims.values())))
 
 
 def zeros(rngs: nnx.Rngs, **dims: int) -> nnx.Param:
     """A parameter of zeros, named as in `normal`."""
-    return nnx.Param(logical(nnx.initializers.zeros, *_axes(dims))(rngs.params(), tuple(dims.values())))
+    return nnx.Param(
+        logical(nnx.initializers.zeros, *_axes(dims))(rngs.params(), tuple(dims.values()), jnp.float32)
+    )
 
 
 def _axes(dims: dict[str, int]) -> list[str | None]:

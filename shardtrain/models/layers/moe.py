@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.models.layers.dense import normal
 from shardtrain.models.layers.mlp import GatedMlp
 from shardtrain.parallel.expert import expert_mlp
+from shardtrain.parallel.precision import widen
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.routing import balance_loss, load, route, router_z_loss, scores_of
 from shardtrain.sharding import constrain
@@ -79,8 +80,8 @@ class ExpertMlp(nnx.Module):
         """`drop`: whether the capacity counts."""
         logits = jnp.einsum(
             "btd,de->bte",
-            x_BTD.astype(jnp.float32),
-            self.router_kernel[...].astype(jnp.float32),
+            widen(x_BTD),
+            widen(self.router_kernel[...]),
             precision=jax.lax.Precision.HIGHEST,
         )
         logits = constrain(logits, "batch", "seq_block", None).reshape(-1, self.experts)
@@ -101,8 +102,8 @@ class ExpertMlp(nnx.Module):
         told = Routed(
             balance_loss(scores_of(logits, self.score), chosen),
             router_z_loss(logits),
-            load(chosen, self.experts).astype(jnp.float32),
-            dropped.astype(jnp.float32),
+            load(chosen, self.experts).astype(logits.dtype),
+            dropped.astype(logits.dtype),
         )
         return (y if self.shared is None else y + self.shared(x_BTD)), told
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from shardtrain.parallel.precision import wide, widen
+
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Turn pairs (i, i + head_dim/2) of [batch, seq, heads, head_dim] by position * theta^(-2i/head_dim).
@@ -12,8 +14,8 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     `positions`: [seq], global ones where a sequence is divided.
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None] * frequency
+    frequency = theta ** (-jnp.arange(half, dtype=wide(x)) / half)
+    angle = positions.astype(wide(x))[:, None] * frequency
     cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    a, b = widen(x[..., :half]), widen(x[..., half:])
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from shardtrain.parallel.fsdp import SLOW
+from shardtrain.mesh.build import SLOW
 from shardtrain.plan import hlo
 from shardtrain.plan.findings.dataflow import Body, argument
 from shardtrain.plan.findings.finding import LARGE, Finding, large
@@ -31,7 +31,8 @@ def wide_collective(step: Compiled) -> Iterator[Finding]:
     allowed = {jnp.dtype(leaf.shard.reduce) for leaf in plan.leaves.values()}
     total = step.collectives().wire_bytes
     # Across slices whole gradients are scattered, reduced and gathered again.
-    across = plan.mesh.shape.get(SLOW, 1) > 1 and all(leaf.shard.dim is None for leaf in plan.leaves.values())
+    across = any(plan.mesh.shape.get(a, 1) > 1 for a in SLOW)
+    across = across and all(leaf.shard.dim is None for leaf in plan.leaves.values())
     for c in large(step):
         if c.wire_bytes < total / 1000:
             continue  # a few scalars a token, such as those of a softmax, are rightly float32

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from shardtrain.mesh.build import SLOW
 from shardtrain.plan.hlo.collectives import KINDS, Collective, Collectives
 from shardtrain.plan.hlo.groups import mesh_axes, replica_groups
 from shardtrain.plan.hlo.text import HloError, Instruction, Module, shapes, size
@@ -138,7 +139,7 @@ def _slices(instruction: Instruction, walk: Walk, where: str, mesh: Mapping[str,
     kind = (written.group(1) if written else "").lower().replace("_", "-")
     if kind not in KINDS:
         raise HloError(f"a transfer between slices of an unknown kind: {kind}")
-    axis = "slice" if "slice" in mesh else next(iter(mesh))
+    axis = next((a for a in (*SLOW, "stage") if a in mesh), next(iter(mesh)))
     n, operand = mesh[axis], walk.bodies[where][instruction.operands[0]].result
     payload, share = size(operand) * (n if kind == "all-gather" else 1), (n - 1) / n
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)

@@ -1,5 +1,6 @@
 """Meshes, simulated devices, joining processes, hardware facts."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import jax
 import pytest
 
 import shardtrain as st
+from shardtrain.errors import MeshError
 from shardtrain.mesh import AXES, CHIPS, chip_of, distributed
+from shardtrain.mesh.build import across_slices, device_grid, named_sizes
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,9 @@ from shardtrain.mesh import AXES, CHIPS, chip_of, distributed
         ({"tensor": 2, "data": 2, "fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}),
         ({}, {"data": 8}),
         ({"data": 2, "dcn": {"data": 2}, "tensor": 2}, {"slice": 2, "data": 2, "tensor": 2}),
+        ({"fsdp": 2, "dcn": {"fsdp": 2}, "tensor": 2}, {"slice_fsdp": 2, "fsdp": 2, "tensor": 2}),
+        ({"data": 4, "dcn": {"stage": 2}}, {"stage": 2, "data": 4}),
+        ({"stage": 2, "data": 2, "dcn": {"stage": 2}}, {"stage": 4, "data": 2}),
         ({"mine": 2, "data": 4}, {"data": 4, "mine": 2}),
         ({"data": 8, "tensor": 1}, {"data": 8, "tensor": 1}),
     ],
@@ -39,7 +45,8 @@ def test_sizes_and_order(sizes, expected):
         ({"data": -1, "tensor": 3}, ["8 devices", "3"]),
         ({"data": 0}, ["0", "data"]),
         ({"data": 2.0}, ["2.0"]),
-        ({"fsdp": 4, "dcn": {"fsdp": 2}}, ["fsdp", "slice=2"]),
+        ({"tensor": 4, "dcn": {"tensor": 2}}, ["tensor", "slice=2"]),
+        ({"stage": -1, "dcn": {"stage": 2}}, ["stage=-1", "a size"]),
         ({"slice": 2, "data": 2, "dcn": {"data": 2}}, ["dcn", "slice"]),
     ],
 )
@@ -181,4 +188,43 @@ def test_hardware_facts():
     }  # fmt: skip
     assert {k: chip_of(Device(k)).name for k in names} == names
     assert chip_of(jax.devices()[0]) is None
-    assert AXES == ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+    assert AXES == ("slice", "slice_fsdp", "stage", "data", "fsdp", "expert", "context", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "wanted"),
+    [
+        ({"slice": 2, "data": 4}, 2, {"slice": 2, "data": 1}),
+        ({"slice_fsdp": 2, "fsdp": 4}, 2, {"slice_fsdp": 2, "fsdp": 1}),
+        ({"stage": 4, "data": 4}, 2, {"stage": 2, "data": 1}),
+        ({"slice": 2, "stage": 4, "data": 2}, 4, {"slice": 2, "stage": 2, "data": 1}),
+    ],
+)
+def test_across_slices(shape, slices, wanted):
+    """Stages go across where no axis of the slow network does. The fault in mind: stages within a slice, rows across."""
+    assert across_slices(shape, slices) == wanted
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"slice": 4, "data": 2}, {"stage": 3, "data": 2}])
+def test_slices_that_no_axis_crosses(shape):
+    with pytest.raises(MeshError, match="2 slices"):
+        across_slices(shape, 2)
+
+
+def test_stages_are_placed_across_slices():
+    """TPU slices of 4 chips: the first two stages of four in one, the others in the other."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Chip:
+        id: int
+        slice_index: int
+        coords: tuple
+        platform: str = "tpu"
+        device_kind: str = "TPU v5 lite"
+        core_on_chip: int = 0
+        process_index: int = 0
+
+    chips = [Chip(4 * s + i, s, (i % 2, i // 2, 0)) for s in (0, 1) for i in range(4)]
+    grid = device_grid(named_sizes(8, stage=2, data=2, dcn={"stage": 2}), chips)
+    assert grid.shape == (4, 2)
+    assert [[c.slice_index for c in row] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]

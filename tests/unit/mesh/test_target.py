@@ -53,3 +53,4 @@ def test_a_mesh_of_a_target_is_checked_as_any_other():
     with pytest.raises(st.MeshError, match="2 slices, the mesh says slice=1"):
         st.Target("2*v5e:4x4").mesh(data=-1)
     assert dict(st.Target("2*v5e:4x4").mesh(fsdp=-1, dcn={"data": 2}).shape) == {"slice": 2, "fsdp": 16}
+    assert dict(st.Target("2*v5e:4x4").mesh(data=-1, dcn={"stage": 2}).shape) == {"stage": 2, "data": 16}

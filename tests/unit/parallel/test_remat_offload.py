@@ -1,0 +1,66 @@
+"""What a remat policy says by name: what is saved, what is made again, what waits in the host's memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shardtrain as st
+from shardtrain.errors import ConfigError
+from shardtrain.models import GPTConfig, build_model, language_model_loss
+from shardtrain.parallel.remat import policy, remat
+
+ARGUMENTS = jnp.ones((8, 16)), jnp.linspace(-1, 1, 3 * 16 * 16).reshape(3, 16, 16)
+
+
+def loss(name):
+    def body(x, w):
+        up = jax.ad_checkpoint.checkpoint_name(x @ w, "up")
+        out = jax.ad_checkpoint.checkpoint_name(jnp.tanh(up) @ w.T, "out")
+        return jnp.sin(out), None
+
+    return lambda x, ws: jax.lax.scan(remat(body, name, in_scan=True), x, ws)[0].sum()
+
+
+def test_offloaded_by_name():
+    """The one named value goes to the host and comes back, as lowered for TPU and GPU; gradients are those of saving it.
+    Failed once: it was saved on the device."""
+    gradient = lambda name: jax.grad(loss(name), 1)
+    for platform in ("tpu", "cuda"):
+        moved = [
+            jax.jit(gradient(name)).trace(*ARGUMENTS).lower(lowering_platforms=(platform,)).as_text()
+            for name in ("up,out", "up,out:offload", "up:offload,out:offload")
+        ]
+        # One to the host for each value, forward, and one back.
+        assert [text.count('_xla_buffer_placement = "pinned_host"') for text in moved] == [0, 1, 2]
+        assert [text.count('_xla_buffer_placement = "device"') for text in moved] == [0, 1, 2]
+    for name in ("out:offload", "up,out:offload"):
+        np.testing.assert_allclose(
+            gradient(name)(*ARGUMENTS), gradient("up,out")(*ARGUMENTS), rtol=1e-5, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["qkv:ofload", ":offload", "a:offload:b", "qkv:", "a,a:offload", "reduced:offload"]
+)
+def test_words_that_say_nothing(name):
+    with pytest.raises(ConfigError, match="name:offload"):
+        policy(name)
+
+
+def test_cpu_has_no_other_memory():
+    """Failed once: the step compiled, and the memory that it said it had saved was still there."""
+    config = GPTConfig(vocab=64, sequence=16, embed=32, layers=2, heads=8, remat="qkv,mlp_up:offload")
+    plan = st.plan(
+        lambda rngs: build_model(config, rngs),
+        language_model_loss,
+        optax.sgd(0.1),
+        batch=st.batch_spec(
+            tokens=((8, 16), "int32"), targets=((8, 16), "int32"), weights=((8, 16), "float32")
+        ),
+        mesh=st.make_mesh(data=8),
+    )
+    with pytest.raises(ConfigError, match="memory of the host") as error:
+        plan.compile().memory()
+    assert "'qkv,mlp_up' here" in str(error.value)
