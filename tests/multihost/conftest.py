@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
 def launch(folder):
     """`launch("name", "--processes", "2", train=["--steps", "4"])`: trains into FOLDER/name."""
 
-    def run(name, *flags, train=(), config=None, timeout=200):
+    def run(name, *flags, train=(), config=None, timeout=280):
         output = folder / name
         command = [sys.executable, "-m", "shardtrain", "launch", "local", "--json", *flags, "--"]
         command += ["train", config or f"{folder / 'my.py'}:tiny", "--output", str(output), *train, "--json"]

@@ -18,8 +18,8 @@ def read(folder, processes, process):
 def test_a_killed_process_costs_nothing(launch, one, folder):
     """Process 1 is killed before step 6, all start again from a save, and the curve is that of one process.
 
-    Each process reads only its rows of each batch: of 16, 8 each. Failed once with every row read by every process,
-    and once with metrics of the first attempt kept beside those of the second.
+    Each process reads only its rows of each batch: of 16, 8 each. Failed once with every row read by every process;
+    the other fault in mind: metrics of the first attempt kept beside those of the second.
     """
     two = launch("two", "--processes", "2", "--inject", "kill@step=6:process=1")
     assert two.code == 0, two.err[-3000:]
@@ -104,17 +104,18 @@ def test_preempted_on_one_process(launch, one):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_language_model_with_everything(launch, tmp_path):
     """Evaluation, sample and report of `gpt.py:tiny` in two processes. Failed once: both wrote metrics, and only one generated."""
     flags = "--steps 4 --eval-every 2 --eval-rows 32 --checkpoint-every 2 --global-batch 16 --sample-tokens 4"
     shape = "--model.layers 2 --model.embed 64 --monitor.tensorboard false --optimizer.decay constant"
     train = [*flags.split(), *shape.split()]
-    two = launch("gpt-2", "--processes", "2", train=train, config="configs/gpt.py:tiny")
-    one = launch("gpt-1", train=train, config="configs/gpt.py:tiny")
+    two = launch("gpt-2", "--processes", "2", train=train, config="configs/gpt.py:tiny", timeout=480)
+    one = launch("gpt-1", train=train, config="configs/gpt.py:tiny", timeout=480)
     assert one.code == two.code == 0, two.err[-3000:]
     for name in ("train_loss", "eval_loss"):
         assert two.json["result"][name] == pytest.approx(one.json["result"][name], rel=1e-6)
     assert [row["step"] for row in two.rows if "loss" in row] == [1, 2, 3, 4]
     assert (two.output / "report.html").exists()
-    more = launch("gpt-1", train=[*train, "--mesh.data", "8"], config="configs/gpt.py:tiny")
+    more = launch("gpt-1", train=[*train, "--mesh.data", "8"], config="configs/gpt.py:tiny", timeout=480)
     assert more.json["result"]["resumed_from"] == 4

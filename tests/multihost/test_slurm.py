@@ -144,7 +144,8 @@ class Submitted:
 
 
 def test_runs_on_two_nodes(cluster, folder, launch):
-    """Names of the job are data to a real sbatch, and the curve is that of one process. Failed once: quotes in a name."""
+    """Names of the job are data to a real sbatch, and the curve is that of one process. The fault in mind: quotes
+    in a name."""
     name = """a "b" $(touch made) 'c' \\ #d"""
     done = Submitted(cluster, folder, "slurm", options=["--name", name])
     assert until(done.ended), done.shown()
