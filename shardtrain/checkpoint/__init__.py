@@ -1,10 +1,11 @@
-"""Checkpoints: written asynchronously and atomically, restored onto any mesh.
+"""Checkpoints: written asynchronously and atomically, every byte digested, restored onto any mesh.
 
 Importing this package does not import Orbax; only `arrays` does, when the first array is moved.
 """
 
 from shardtrain.checkpoint.checkpointer import Checkpointer
+from shardtrain.checkpoint.intact import verify
 from shardtrain.checkpoint.listing import inspect, list_steps
 from shardtrain.checkpoint.restore import restore
 
-__all__ = ["Checkpointer", "inspect", "list_steps", "restore"]
+__all__ = ["Checkpointer", "inspect", "list_steps", "restore", "verify"]
