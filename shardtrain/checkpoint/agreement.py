@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
+
+from shardtrain.errors import CheckpointError
 
 TEXT = 1024  # bytes of a message that travels
 
@@ -30,3 +34,19 @@ def complaint(mine: str) -> str:
         bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(own)
     ]
     return next((text for text in texts if text), "")
+
+
+def on_first[T](action: Callable[[], T]) -> T | None:
+    """Do it on process 0, its result there. Where it raises, all raise: one that went on alone would wait for ever."""
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except (OSError, CheckpointError) as error:
+            failure = error
+    told = complaint("" if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if told:
+        raise CheckpointError("process 0 could not go on", why=told, fix="see there")
+    return result

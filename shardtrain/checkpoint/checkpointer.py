@@ -16,7 +16,8 @@ from typing import Any, Protocol, Self
 import jax
 import numpy as np
 
-from shardtrain.checkpoint import commit, folder, intact, manifest
+from shardtrain.checkpoint import agreement, commit, folder, intact, manifest
+from shardtrain.checkpoint.lock import Lock
 from shardtrain.checkpoint.preemption import Preemption
 from shardtrain.checkpoint.restore import Plan, choose, first_line, read_state
 from shardtrain.errors import CheckpointError
@@ -35,8 +36,8 @@ class Checkpointer:
     """Writes the state of a run to a folder, step by step, and reads it back onto any mesh.
 
     Use it as a context manager, and call `save` after every step: most calls only count. Leaving the block
-    waits until everything is on disk. One process (or one set of processes) writes in a folder at a time;
-    to read beside it use `shardtrain.checkpoint.restore`, `list_steps` and `inspect`.
+    waits until everything is on disk. One run (on one process or several) writes in a folder at a time, and a
+    second is refused with the name of the first; to read beside it use `shardtrain.checkpoint.restore`, `list_steps` and `inspect`.
 
     Args:
         path: the folder, made if missing; on several processes one that all of them see.
@@ -46,7 +47,7 @@ class Checkpointer:
         config: JSON-able, written beside every checkpoint.
 
     Raises:
-        CheckpointError: the folder cannot be written, or `config` is no JSON.
+        CheckpointError: the folder cannot be written, or `config` is no JSON; on entering, it is another run's.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Checkpointer:
         folder.claim(self.path)
         self._preemption = Preemption()
         self._preempted = self._answered = False  # what the last save() was told; whether it was read since
+        self._lock: Lock | None = None
         self._opened = self._checked = self._warned = False
         self._plan: dict[str, Any] = {}
         self._count: int | None = None  # the step on the host, so that no call waits for the device
@@ -221,14 +223,24 @@ class Checkpointer:
             raise _not_written(self.path, failure) from failure
 
     def close(self) -> None:
-        """Wait for the save under way. Leaving the `with` block does this."""
-        self.wait()
+        """Wait for the save under way, and let others write in the folder. Leaving the `with` block does this."""
+        try:
+            self.wait()
+        finally:
+            self._opened = False
+            if self._lock is not None:
+                self._lock.release()
 
     def _open(self) -> None:
-        """Become the writer: remove what a crash left, and load Orbax now rather than in a step."""
+        """Become the writer: take the lock, remove what a crash left, and load Orbax now rather than in a step."""
         if not self._opened:
-            if jax.process_index() == 0:
-                folder.purge(self.path)
+
+            def take() -> Lock:
+                lock = Lock(self.path)
+                folder.purge(self.path)  # not before: it may be another run's save
+                return lock
+
+            self._lock = agreement.on_first(take)
             importlib.import_module("shardtrain.checkpoint.arrays")
             self._opened = True
 
@@ -267,9 +279,12 @@ class Checkpointer:
 
         place = folder.saving_folder(self.path, step)
         try:
-            if jax.process_index() == 0:
+
+            def make() -> None:
                 folder.discard(self.path, step)
                 place.mkdir(parents=True)
+
+            agreement.on_first(make)
             pending = arrays.start(place / folder.ARRAYS, state)
         except OSError as error:
             raise _not_written(place, error) from error

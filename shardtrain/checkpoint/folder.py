@@ -5,6 +5,7 @@
     FOLDER/500.damaged/...       was found damaged at a start, and set aside; nothing removes it
     FOLDER/.saving/500/...       a save under way, or what a crash left of one
     FOLDER/.trash/500-...        on its way out
+    FOLDER/.lock                 whoever writes here holds it, and is named in it
 
 A step has a plain number for a name only between two renames: into place when all of it is on disk, and
 into the trash before the first of its files is removed. So whatever is listed is whole, and whatever lies

@@ -13,7 +13,7 @@ COMMANDS = {
     "config": "the resolved config, and what differs from the defaults",
     "generate": "text from a trained run",
     "data": "prepare: the user's text, tokenised and packed",
-    "ckpt": "ls | inspect: what is in a folder of checkpoints",
+    "ckpt": "ls | inspect | verify: what is in a folder of checkpoints, and whether it is what was written",
     "doctor": "devices, versions, and what is wrong with this machine",
 }
 

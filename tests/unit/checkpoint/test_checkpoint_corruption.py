@@ -20,8 +20,7 @@ def corruption():
     ("faults", "restores", "seed"), [(60, 6, 1), pytest.param(2000, 40, 2, marks=pytest.mark.slow)]
 )
 def test_every_damage_is_seen(corruption, faults, restores, seed):
-    """Failed when the chunks' digests were not compared, when the manifest had none of its own, and when an
-    older step's manifest passed for the newer's."""
+    """Failed when the chunks' digests were not compared."""
     found = corruption.run(faults, restores, seed)
     assert found["missed"] == [] and found["detected"] == faults
     assert found["restored_older_bit_for_bit"] == found["restores"] >= restores

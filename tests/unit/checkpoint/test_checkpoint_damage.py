@@ -202,6 +202,14 @@ def test_verify_reads_every_byte(two_steps):
         verify(path, 7)
 
 
+def test_a_step_under_another_number(two_steps):
+    """A folder that was renamed by hand would resume at the wrong rows. Failed when the number was not compared."""
+    path, plan = two_steps
+    (path / "1").rename(path / "7")
+    assert verify(path, 7)["steps"][0]["problems"] == ["manifest.json is that of step 1"]
+    assert int(restore(path, plan).step) == 2
+
+
 def test_written_before_digests(two_steps, caplog):
     """A manifest of format 1 restores with a warning, and is not called intact."""
     path, plan = two_steps
