@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -57,12 +57,19 @@ def describe(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "mesh": max(meshes, key=len, default={}),
         "processes": jax.process_count(),
+        "hardware": _hardware(leaves.values()),
         "versions": versions(),
         "parameters": sum(x.size for path, x in leaves.items() if path[0] == "params"),
         "tree": {"/".join(path): leaf_entry(x) for path, x in leaves.items()},
         "config": dict(config or {}),
         "extra": dict(extra or {}),
     }
+
+
+def _hardware(leaves: Iterable[Any]) -> str:
+    """Kind and number of the devices that hold the state."""
+    devices = {d for x in leaves for d in getattr(getattr(x, "sharding", None), "device_set", ())}
+    return f"{len(devices)} x {next(iter(devices)).device_kind}" if devices else "unknown"
 
 
 def leaf_entry(leaf: Any) -> dict[str, Any]:
@@ -81,6 +88,7 @@ def _version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of what is installed here and shapes the programs or the files."""
     names = {"orbax": "orbax-checkpoint"}
     return {name: _version(names.get(name, name)) for name in ("shardtrain", "jax", "flax", "optax", "orbax")}
 

@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "run a config; the same command on the same output resumes it",
+    "resume": "go on with a run, on whatever devices are left; --dry-run says what stays exact",
     "plan": "where every array lives, bytes, collectives; nothing is trained",
     "audit": "collectives against the minimum, findings with source lines; exit 1 on one",
     "verify": "the same training on one device and on other layouts, leaf by leaf; exit 1 where one differs",

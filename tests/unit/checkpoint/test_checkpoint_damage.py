@@ -271,3 +271,41 @@ def test_listing(two_steps):
     assert two["bytes"] == sum(f.stat().st_size for f in (run / "checkpoints/2").rglob("*") if f.is_file())
     assert inspect(run)["step"] == 2 and inspect(run, 1)["step"] == 1
     path.mkdir()
+
+
+FULL = """
+import logging, resource, sys
+import jax.numpy as jnp, numpy as np, optax
+import shardtrain as st
+
+def limit(step, metrics):  # what a quota does: writes fail, in the kernel
+    size = {3: 3000, 9: resource.RLIM_INFINITY}.get(step)
+    if size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+st.simulate_devices(2)
+st.fit(
+    (lambda key: {"w": jnp.ones((64, 64))}, lambda p, x: x @ p["w"]),
+    lambda model, batch: jnp.square(model(batch["x"])).mean(),
+    optax.adam(1e-3),
+    [{"x": np.ones((8, 64), np.float32)} for _ in range(14)],
+    mesh=st.make_mesh(data=2), steps=14, output=sys.argv[1], checkpoint_every=2, hooks=[limit],
+)
+"""
+
+
+def test_a_quota_that_is_reached_and_raised(tmp_path):
+    """Training goes on and says what it could not keep; nothing is left over; later saves are whole. Failed when the
+    metrics' OSError ended the run."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a checkpoint could not be written" in done.stderr and "File too large" in done.stderr
+    place = tmp_path / "checkpoints"
+    assert folder.steps(place) == [12, 14] and not folder.unfinished(place)
+    assert all(step["intact"] for step in verify(place)["steps"])
