@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import itertools
+import logging
 import os
 import threading
 import warnings
@@ -15,10 +16,13 @@ from typing import Any, Protocol, Self
 import jax
 import numpy as np
 
-from shardtrain.checkpoint import folder, manifest
+from shardtrain.checkpoint import agreement, commit, folder, intact, manifest
+from shardtrain.checkpoint.lock import Lock
 from shardtrain.checkpoint.preemption import Preemption
 from shardtrain.checkpoint.restore import Plan, choose, first_line, read_state
 from shardtrain.errors import CheckpointError
+
+log = logging.getLogger("shardtrain")
 
 
 class State(Protocol):
@@ -32,8 +36,8 @@ class Checkpointer:
     """Writes the state of a run to a folder, step by step, and reads it back onto any mesh.
 
     Use it as a context manager, and call `save` after every step: most calls only count. Leaving the block
-    waits until everything is on disk. One process (or one set of processes) writes in a folder at a time;
-    to read beside it use `shardtrain.checkpoint.restore`, `list_steps` and `inspect`.
+    waits until everything is on disk. One run (on one process or several) writes in a folder at a time, and a
+    second is refused with the name of the first; to read beside it use `shardtrain.checkpoint.restore`, `list_steps` and `inspect`.
 
     Args:
         path: the folder, made if missing; on several processes one that all of them see.
@@ -43,7 +47,7 @@ class Checkpointer:
         config: JSON-able, written beside every checkpoint.
 
     Raises:
-        CheckpointError: the folder cannot be written, or `config` is no JSON.
+        CheckpointError: the folder cannot be written, or `config` is no JSON; on entering, it is another run's.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Checkpointer:
         folder.claim(self.path)
         self._preemption = Preemption()
         self._preempted = self._answered = False  # what the last save() was told; whether it was read since
+        self._lock: Lock | None = None
         self._opened = self._checked = self._warned = False
         self._plan: dict[str, Any] = {}
         self._count: int | None = None  # the step on the host, so that no call waits for the device
@@ -91,18 +96,28 @@ class Checkpointer:
             self._preemption.remove()  # last: a SIGTERM now must not cut the save that it asked for
 
     def restore_or_init(self, plan: Plan, seed: int = 0) -> Any:
-        """The newest state in the folder, in the plan's shardings; `plan.init(seed)` if there is none.
+        """The newest intact state in the folder, in the plan's shardings; `plan.init(seed)` if there is none.
+
+        Every byte is checked. A damaged step is passed over with a line that says which file and why, and moved
+        to `STEP.damaged`, where nothing removes it.
 
         Raises:
-            CheckpointError: as `restore`; a damaged newest step is never passed over silently.
+            CheckpointError: as `restore`; or there are steps, and none is intact.
         """
         self.wait()
-        newest = choose(self.path, None)
+        self._open()
+        newest, damaged = intact.newest(self.path)
+        for step, why in damaged.items():
+            aside = folder.set_aside(self.path, step) if jax.process_index() == 0 else self.path
+            log.error(
+                "checkpoint %s/%d is damaged: %s; going on from step %d, the newest that is intact; moved to %s",
+                *(self.path, step, why, newest, aside.name),
+            )
         if newest is None:
             self._plan = plan.describe()
             self._count, self._checked = 0, False
             return plan.init(seed)
-        return self.restore(plan, newest)
+        return self._restore(plan, newest, None, seed)
 
     def restore(
         self, plan: Plan, step: int | None = None, *, parts: Collection[str] | None = None, seed: int = 0
@@ -113,6 +128,9 @@ class Checkpointer:
         run that goes on from here replaces them.
         """
         self.wait()
+        return self._restore(plan, choose(self.path, step), parts, seed)
+
+    def _restore(self, plan: Plan, step: int, parts: Collection[str] | None, seed: int) -> Any:
         state, self.restored = read_state(self.path, plan, step, parts, seed)
         self._plan = plan.describe()
         groups = self.restored.get("groups"), self._plan.get("groups")
@@ -120,7 +138,7 @@ class Checkpointer:
             warnings.warn(
                 f"{self.path}: the run has {groups[0]} groups and this plan {groups[1]}, so dropout and batch "
                 f"statistics go on differently; st.plan(groups={groups[0]}) keeps them",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._checked = False
         self._count = self._origin = self._begun = self._committed = None
@@ -205,14 +223,24 @@ class Checkpointer:
             raise _not_written(self.path, failure) from failure
 
     def close(self) -> None:
-        """Wait for the save under way. Leaving the `with` block does this."""
-        self.wait()
+        """Wait for the save under way, and let others write in the folder. Leaving the `with` block does this."""
+        try:
+            self.wait()
+        finally:
+            self._opened = False
+            if self._lock is not None:
+                self._lock.release()
 
     def _open(self) -> None:
-        """Become the writer: remove what a crash left, and load Orbax now rather than in a step."""
+        """Become the writer: take the lock, remove what a crash left, and load Orbax now rather than in a step."""
         if not self._opened:
-            if jax.process_index() == 0:
-                folder.purge(self.path)
+
+            def take() -> Lock:
+                lock = Lock(self.path)
+                folder.purge(self.path)  # not before: it may be another run's save
+                return lock
+
+            self._lock = agreement.on_first(take)
             importlib.import_module("shardtrain.checkpoint.arrays")
             self._opened = True
 
@@ -251,9 +279,12 @@ class Checkpointer:
 
         place = folder.saving_folder(self.path, step)
         try:
-            if jax.process_index() == 0:
+
+            def make() -> None:
                 folder.discard(self.path, step)
                 place.mkdir(parents=True)
+
+            agreement.on_first(make)
             pending = arrays.start(place / folder.ARRAYS, state)
         except OSError as error:
             raise _not_written(place, error) from error
@@ -273,18 +304,28 @@ class Checkpointer:
         """In the background: wait for Orbax, write the manifest, move the step into place."""
         from shardtrain.checkpoint import arrays
 
-        place, first = folder.saving_folder(self.path, step), jax.process_index() == 0
+        place, process, several = (
+            folder.saving_folder(self.path, step),
+            jax.process_index(),
+            jax.process_count(),
+        )
         failure: Exception | None = None
         try:
             pending.result()
-            if first:
-                content["files"] = folder.files(place)
-                folder.write_synced(place / folder.MANIFEST, manifest.to_json(content, where="extra"))
-                folder.publish(self.path, step, superseded=superseded)
+            if process:
+                commit.record(place, process)
         except Exception as error:
             failure = error
-            if first:
-                folder.discard(self.path, step)
+        try:
+            if several > 1:
+                arrays.meet(f"{meeting}-written")
+            if process == 0 and failure is None:
+                commit.seal(place, content, several)
+                folder.publish(self.path, step, superseded=superseded)
+        except Exception as error:
+            failure = failure or error
+        if failure is not None and process == 0:
+            folder.discard(self.path, step)
         try:
             arrays.meet(meeting)
             if failure is None and not (folder.step_folder(self.path, step) / folder.MANIFEST).is_file():
@@ -293,12 +334,20 @@ class Checkpointer:
             failure = failure or error
         if failure is None:
             self._committed = step
-            if first:
-                try:
-                    folder.retain(self.path, self.keep, self.keep_every)
-                except OSError as error:
-                    warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
+            if process == 0:
+                self._retain(step)
         self._failure = failure
+
+    def _retain(self, step: int) -> None:
+        """Only ever after a commit: `step`, just read back, is the good one that stays whatever the others are."""
+        try:
+            # what is damaged, or not ours, is neither counted nor removed
+            whole = [
+                s for s in self.steps() if s == step or not intact.problems_of(self.path, s, contents=False)
+            ]
+            folder.retain(self.path, whole, self.keep, self.keep_every)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
 
 
 _commits = itertools.count()  # the same on every process, as saves are

@@ -1,9 +1,11 @@
 """How checkpoints lie in their folder, and the few moves that change it.
 
     FOLDER/500/arrays/...        written by Orbax
-    FOLDER/500/manifest.json     written last: what the arrays are, and the size of every file
+    FOLDER/500/manifest.json     written last: what the arrays are, size and digests of every file
+    FOLDER/500.damaged/...       was found damaged at a start, and set aside; nothing removes it
     FOLDER/.saving/500/...       a save under way, or what a crash left of one
     FOLDER/.trash/500-...        on its way out
+    FOLDER/.lock                 whoever writes here holds it, and is named in it
 
 A step has a plain number for a name only between two renames: into place when all of it is on disk, and
 into the trash before the first of its files is removed. So whatever is listed is whole, and whatever lies
@@ -105,11 +107,11 @@ def publish(path: Path, step: int, *, superseded: Iterable[int] = ()) -> None:
     """Put a finished save in its place. `superseded` steps leave first, newest first: a crash in between
     then resumes from before them, never from a future that was abandoned."""
     source = saving_folder(path, step)
-    _sync_tree(source)
+    sync(source)
     for old in sorted(superseded, reverse=True):
         retire(path, old)
     os.rename(source, step_folder(path, step))
-    _sync(path)
+    sync(path)
 
 
 def retire(path: Path, step: int) -> None:
@@ -118,16 +120,25 @@ def retire(path: Path, step: int) -> None:
     trash.mkdir(exist_ok=True)
     target = trash / f"{step}-{uuid.uuid4().hex}"
     os.rename(step_folder(path, step), target)
-    _sync(path)
+    sync(path)
     shutil.rmtree(target, ignore_errors=True)
 
 
-def retain(path: Path, keep: int | None, keep_every: int | None) -> None:
-    """Keep the newest `keep` steps, and every multiple of `keep_every`."""
+def set_aside(path: Path, step: int) -> Path:
+    """Move a damaged step out of the list; where to."""
+    target, count = path / f"{step}.damaged", 1
+    while target.exists():
+        count += 1
+        target = path / f"{step}.damaged-{count}"
+    os.rename(step_folder(path, step), target)
+    sync(path)
+    return target
+
+
+def retain(path: Path, whole: list[int], keep: int | None, keep_every: int | None) -> None:
+    """Keep the newest `keep` of the steps `whole`, and every multiple of `keep_every`."""
     if keep is None:
         return
-    # a numbered folder without a manifest is not known to be ours: neither counted nor removed
-    whole = [step for step in steps(path) if (step_folder(path, step) / MANIFEST).is_file()]
     for step in whole[:-keep]:
         if not keep_every or step % keep_every:
             retire(path, step)
@@ -152,15 +163,8 @@ def write_synced(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_tree(path: Path) -> None:
-    # Orbax leaves its metadata files and its folders to the page cache
-    for folder, _, names in os.walk(path):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     descriptor: Any = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

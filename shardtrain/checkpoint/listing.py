@@ -21,7 +21,7 @@ def list_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: there is no such folder.
     """
-    place = _place(path)
+    place = place_of(path)
     found: list[dict[str, Any]] = []
     for step in folder.steps(place):
         entry: dict[str, Any] = {"step": step, "committed": True}
@@ -48,7 +48,7 @@ def inspect(path: str | os.PathLike[str], step: int | None = None) -> dict[str, 
     Raises:
         CheckpointError: there is no such step, or its manifest is damaged.
     """
-    place = _place(path)
+    place = place_of(path)
     found = folder.steps(place)
     if not found or (step is not None and step not in found):
         raise CheckpointError(
@@ -63,7 +63,8 @@ def inspect(path: str | os.PathLike[str], step: int | None = None) -> dict[str, 
     return {**manifest.read(place, step), "path": str(target), "committed": True, "bytes": size}
 
 
-def _place(path: str | os.PathLike[str]) -> Path:
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """The folder of checkpoints that `path`, itself or a run, means."""
     place = folder.local(path)
     if not place.is_dir():
         raise CheckpointError("no such folder", where=str(place), fix="check the path")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,7 @@ from shardtrain.checkpoint import folder
 from shardtrain.errors import CheckpointError
 from shardtrain.tree import path_name
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digests
 SHOWN = 10  # differences listed before "and N more"
 
 LeafPath = tuple[str, ...]
@@ -55,12 +57,19 @@ def describe(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "mesh": max(meshes, key=len, default={}),
         "processes": jax.process_count(),
+        "hardware": _hardware(leaves.values()),
         "versions": versions(),
         "parameters": sum(x.size for path, x in leaves.items() if path[0] == "params"),
         "tree": {"/".join(path): leaf_entry(x) for path, x in leaves.items()},
         "config": dict(config or {}),
         "extra": dict(extra or {}),
     }
+
+
+def _hardware(leaves: Iterable[Any]) -> str:
+    """Kind and number of the devices that hold the state."""
+    devices = {d for x in leaves for d in getattr(getattr(x, "sharding", None), "device_set", ())}
+    return f"{len(devices)} x {next(iter(devices)).device_kind}" if devices else "unknown"
 
 
 def leaf_entry(leaf: Any) -> dict[str, Any]:
@@ -79,6 +88,7 @@ def _version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of what is installed here and shapes the programs or the files."""
     names = {"orbax": "orbax-checkpoint"}
     return {name: _version(names.get(name, name)) for name in ("shardtrain", "jax", "flax", "optax", "orbax")}
 
@@ -100,6 +110,16 @@ def to_json(value: Any, *, where: str) -> str:
         ) from error
 
 
+def seal(content: Mapping[str, Any]) -> str:
+    """The text of a manifest, its own digest last, so that it vouches for every byte of itself."""
+    body = to_json(content, where="extra")
+    return f'{body[:-1]}, "digest": "{_digest(body)}"}}\n'
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
 def read(path: Path, step: int) -> dict[str, Any]:
     """The manifest of a step.
 
@@ -108,12 +128,16 @@ def read(path: Path, step: int) -> dict[str, Any]:
     """
     file = folder.step_folder(path, step) / folder.MANIFEST
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode()
+        content = json.loads(text)
         if not isinstance(content, dict) or not {"format", "step", "tree", "files"} <= content.keys():
             raise ValueError("not a manifest")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise damaged(path, step, f"{file.name} cannot be read: {why}") from error
+    sealed = re.fullmatch(r'(.*), "digest": "([0-9a-f]{64})"}\n', text, re.DOTALL)
+    if content["format"] != 1 and (sealed is None or _digest(sealed[1] + "}") != sealed[2]):
+        raise damaged(path, step, f"{file.name} is not what was written: its digest differs")
     if content["format"] > FORMAT:
         raise CheckpointError(
             f"format {content['format']} is newer than this shardtrain, which reads up to {FORMAT}",
@@ -121,6 +145,8 @@ def read(path: Path, step: int) -> dict[str, Any]:
             why=f"written by shardtrain {content.get('versions', {}).get('shardtrain', '?')}",
             fix="upgrade shardtrain",
         )
+    if content["step"] != step:
+        raise damaged(path, step, f"{file.name} is that of step {content['step']}")
     return content
 
 
@@ -133,20 +159,6 @@ def damaged(path: Path, step: int, why: str) -> CheckpointError:
     else:
         fix = f"no older step is there: copy {place} anew from where it came from, or start in another folder"
     return CheckpointError(f"step {step} is damaged", where=str(place), why=why, fix=fix)
-
-
-def check_files(path: Path, step: int, manifest: Mapping[str, Any]) -> None:
-    """Compare the files on disk with the sizes written down.
-
-    Raises:
-        CheckpointError: one is missing, or longer or shorter than it was.
-    """
-    found = folder.files(folder.step_folder(path, step))
-    for name, size in manifest["files"].items():
-        if name not in found:
-            raise damaged(path, step, f"the file {name} is missing ({size} bytes)")
-        if found[name] != size:
-            raise damaged(path, step, f"the file {name} has {found[name]} bytes, {size} were written")
 
 
 def check_tree(

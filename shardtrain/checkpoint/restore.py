@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
-from shardtrain.checkpoint import folder, manifest
+from shardtrain.checkpoint import folder, intact, manifest
 from shardtrain.errors import CheckpointError
+
+log = logging.getLogger("shardtrain")
 
 
 class Plan(Protocol):
@@ -43,7 +45,7 @@ def restore(
     Args:
         path: the folder of the checkpoints.
         plan: its `abstract_state` gives every leaf's shape, dtype and sharding.
-        step: which; the newest by default.
+        step: which; by default the newest that is intact: damaged ones are passed over, with a line each.
         parts: fields of the state to read, such as `("params",)`; the others are those of
             `plan.init(seed)`. All by default.
 
@@ -53,18 +55,14 @@ def restore(
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another model or optimizer.
     """
-    return read_state(folder.local(path), plan, step, parts, seed)[0]
+    place = folder.local(path)
+    return read_state(place, plan, choose(place, step), parts, seed)[0]
 
 
 def read_state(
-    path: Path, plan: Plan, step: int | None, parts: Collection[str] | None, seed: int
+    path: Path, plan: Plan, step: int, parts: Collection[str] | None, seed: int
 ) -> tuple[Any, dict[str, Any]]:
-    """The state and the manifest of a step."""
-    step = choose(path, step)
-    if step is None:
-        raise CheckpointError(
-            "no checkpoint here", where=str(path), fix="check the folder, or train first (restore_or_init)"
-        )
+    """The state and the manifest of a step that `choose` gave."""
     content = manifest.read(path, step)
     leaves = manifest.paths(plan.abstract_state)
     fields = {p[0] for p in leaves} | {name.split("/")[0] for name in content["tree"]}
@@ -72,7 +70,6 @@ def read_state(
     if unknown := sorted(chosen - fields):
         raise CheckpointError(f"unknown parts {unknown}", where="parts", fix=f"choose among {sorted(fields)}")
     manifest.check_tree(path, content, leaves, chosen)
-    manifest.check_files(path, step, content)
 
     from shardtrain.checkpoint import arrays
 
@@ -95,27 +92,30 @@ def read_state(
     return jax.tree.unflatten(jax.tree.structure(plan.abstract_state), values), content
 
 
-def choose(path: Path, step: int | None) -> int | None:
-    """The step to read: `step` if it is there, else the newest; the same on every process. None: none is.
+def choose(path: Path, step: int | None) -> int:
+    """The step to read, every byte of it checked; the same on every process.
 
     Raises:
-        CheckpointError: `step` is not there.
+        CheckpointError: `step` is not there or damaged; there is none, or none that is intact.
     """
-    found = folder.steps(path)
-    newest = found[-1] if found else None
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # a shared file system may show the processes different listings for a moment
-        agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
-        newest = None if agreed < 0 else agreed
     if step is None:
-        return newest
+        step, damaged = intact.newest(path)
+        for other, why in damaged.items():
+            log.error("checkpoint %s/%d is damaged and passed over: %s", path, other, why)
+        if step is None:
+            raise CheckpointError(
+                "no checkpoint here",
+                where=str(path),
+                fix="check the folder, or train first (restore_or_init)",
+            )
+        return step
+    found = folder.steps(path)
     if not folder.step_folder(path, step).is_dir():
         listed = ", ".join(map(str, found)) or "none"
         raise CheckpointError(
             f"no step {step} here", where=str(path), why=f"steps: {listed}", fix="choose one of them"
         )
+    intact.require(path, step)
     return step
 
 

@@ -7,13 +7,14 @@ import sys
 
 COMMANDS = {
     "train": "run a config; the same command on the same output resumes it",
+    "resume": "go on with a run, on whatever devices are left; --dry-run says what stays exact",
     "plan": "where every array lives, bytes, collectives; nothing is trained",
     "audit": "collectives against the minimum, findings with source lines; exit 1 on one",
     "verify": "the same training on one device and on other layouts, leaf by leaf; exit 1 where one differs",
     "config": "the resolved config, and what differs from the defaults",
     "generate": "text from a trained run",
     "data": "prepare: the user's text, tokenised and packed",
-    "ckpt": "ls | inspect: what is in a folder of checkpoints",
+    "ckpt": "ls | inspect | verify: what is in a folder of checkpoints, and whether it is what was written",
     "launch": "a command in several processes, here or on a cluster, started again when one fails",
     "status": "what a run is doing",
     "logs": "the last lines of a run's processes",

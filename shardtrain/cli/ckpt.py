@@ -1,7 +1,8 @@
-"""What is in a folder of checkpoints (or in a run): `ls` lists the steps, `inspect` shows one.
+"""A folder of checkpoints (or a run): `ls` lists the steps, `inspect` shows one, `verify` reads every byte.
 
 shardtrain ckpt ls runs/gpt-tiny
 shardtrain ckpt inspect runs/gpt-tiny --step 200
+shardtrain ckpt verify runs/gpt-tiny      exit 1 if a step is not what was written
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from shardtrain.tree import bytes_text, table
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["ls", "inspect"])
+    parser.add_argument("action", choices=["ls", "inspect", "verify"])
     parser.add_argument("path", metavar="PATH")
-    parser.add_argument("--step", type=int, help="default: the newest")
+    parser.add_argument("--step", type=int, help="default: the newest; of verify: all")
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
                 table(("step", "committed", "on disk", "mesh", "written"), rows) if rows else "no checkpoints"
             )
         return shell.DONE, {"path": options.path, "steps": steps}
+    if options.action == "verify":
+        return _verify(options)
     found = checkpoint.inspect(options.path, options.step)
     if not options.json:
         for name in ("path", "step", "time", "mesh", "parameters", "cursor", "groups", "versions"):
@@ -52,6 +55,25 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         ]
         print(table(("leaf", "shape", "dtype", "spec"), leaves))
     return shell.DONE, found
+
+
+def _verify(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    from shardtrain import checkpoint
+
+    result = checkpoint.verify(options.path, options.step)
+    steps = result["steps"]
+    if not options.json:
+        rows = [
+            (
+                s["step"],
+                *("yes" if s[name] else "no" for name in ("committed", "intact")),
+                "; ".join(s["problems"]),
+            )
+            for s in steps
+        ]
+        print(table(("step", "committed", "intact", "problems"), rows))
+    bad = [s for s in steps if s["committed"] and not s["intact"]]  # a save under way is no damage
+    return (shell.FOUND if bad else shell.DONE), result
 
 
 def _mesh(mesh: Any) -> str:

@@ -26,9 +26,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from shardtrain.config import resolve
-    from shardtrain.config.devices import start_devices
 
     config, notes = resolve(options.config, options.overrides)
+    return train(config, notes, fresh=options.fresh, quiet=options.json)
+
+
+def train(config: Any, notes: list[str], *, fresh: bool, quiet: bool) -> tuple[int, dict[str, Any]]:
+    """Run a config; exit code and JSON."""
+    from shardtrain.config.devices import start_devices
+
     line = start_devices(config.devices)
     for note in [*notes, *([line] if line else [])]:
         shell.say(note)
@@ -36,10 +42,10 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     warnings.setLevel(logging.WARNING)  # the rest is in the run's log file
     logging.basicConfig(handlers=[warnings], format="%(message)s")
 
-    from shardtrain.config.run import train
+    from shardtrain.config.run import train as train_config
 
-    fresh = options.fresh and not started_again()  # what a restart finds there is this run
-    run = train(config, fresh=fresh, say=shell.say, quiet=options.json and not sys.stderr.isatty())
+    fresh = fresh and not started_again()  # what a restart finds there is this run
+    run = train_config(config, fresh=fresh, say=shell.say, quiet=quiet and not sys.stderr.isatty())
     code = {"interrupted": shell.DONE, "preempted": shell.INTERRUPTED}.get(run.stopped, shell.DONE)
     last = run.history[-1] if run.history else {}
     evaluation = run.evaluations[-1] if run.evaluations else {}

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from shardtrain.checkpoint import refuse_if_held
 from shardtrain.config.build import Pieces, build, make_plan
 from shardtrain.config.load import difference, from_json, load_config, to_json
 from shardtrain.config.schema import LAYOUT_FIELDS, RunConfig
@@ -49,8 +50,10 @@ def train(
 
     Raises:
         ConfigError: the folder holds a run that trains something else, or cannot be written.
+        CheckpointError: another process is training in it.
     """
     path = pathlib.Path(config.output)
+    refuse_if_held(path / "checkpoints")
     old = None if fresh else _saved(path)
     if old is not None:
         config = resume_config(old, config, path)

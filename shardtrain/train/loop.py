@@ -21,6 +21,7 @@ from shardtrain.train.hooks import Hook
 log = logging.getLogger("shardtrain")
 Stopped = Literal["done", "interrupted", "preempted", "data ended"]
 AHEAD = 2  # batches on the device beyond the one in use
+FAILED_SAVES = 5  # in a row; then the run stops, since what it does is lost when it stops
 
 
 class Checkpoints(Protocol):
@@ -119,11 +120,14 @@ def run_loop(
 
     Raises:
         RunError: the loss or the parameters are not finite. Such a state is not saved, except by a
-            preemption that several processes agreed on at that very step.
+            preemption that several processes agreed on at that very step. Or saves fail, several in a row or the
+            last; one that fails alone is told and tried again, as are metrics that cannot be written.
     """
     result = LoopResult(state, first_step, "done", [], [])
     waiting: deque[Any] = deque()  # batches put ahead
     pending: tuple[int, dict[str, Any]] | None = None  # metrics not read yet
+    unwritten: list[int] = []  # steps whose metrics could not be
+    failed, begun = 0, False  # saves in a row that failed; whether one has begun since
 
     def fill() -> None:
         while len(waiting) <= AHEAD and first_step + taken + len(waiting) < steps:
@@ -131,6 +135,18 @@ def run_loop(
                 waiting.append(put(next(batches)))
             except StopIteration:
                 break
+
+    def write(number: int, metrics: dict[str, float], kind: str = "train") -> None:
+        for writer in writers:
+            try:
+                writer.write(number, metrics, kind)
+            except OSError as error:  # a full disk is no reason to stop training
+                if not unwritten:
+                    display.say(f"step {number}: metrics not written: {error}")
+                    log.warning("step %d: metrics not written: %s", number, error)
+                unwritten.append(number)
+                with contextlib.suppress(OSError):
+                    writer.close()  # a line that was cut off: opened again, it begins a new one
 
     def read() -> None:
         """Wait for the metrics of the step before the one that runs now."""
@@ -142,8 +158,7 @@ def run_loop(
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         metrics["step_seconds"] = meter.step(metrics.get("tokens", 0.0))
         result.history.append({"step": number, **metrics})
-        for writer in writers:
-            writer.write(number, metrics)
+        write(number, metrics)
         left = meter.seconds_left(steps - number)
         display.update(number, metrics["loss"], meter.tokens_per_second, meter.mfu, left)
         for hook in hooks:
@@ -173,8 +188,7 @@ def run_loop(
         names = [n.removesuffix("_sum") for n in values if n.endswith("_sum")]
         metrics = {n: values[f"{n}_sum"] / values[f"{n}_weight"] for n in names if values[f"{n}_weight"]}
         result.evaluations.append({"step": number, **metrics})
-        for writer in writers:
-            writer.write(number, metrics, "eval")
+        write(number, metrics, "eval")
         for hook in hooks:
             hook.on_evaluate(number, metrics)
         display.say(f"step {number}: held-out loss {metrics.get('loss', math.nan):.4f}")
@@ -185,16 +199,23 @@ def run_loop(
             return
         if force or signals.alone or (checkpoints.every and number % checkpoints.every == 0):
             read()  # a save waits for this step anyway; one that gave no number must not be kept
+        nonlocal failed, begun
         try:
             if checkpoints.save(result.state, step=number, force=force):
                 meter.start()
+                failed = 0 if begun else failed  # a save is known to be good when the next begins
+                begun = True
             if force:
                 checkpoints.wait()  # here, where a second Ctrl-C cannot cut it
         except CheckpointError as error:
-            if force:
-                raise
+            failed, begun = failed + 1, False
             log.warning("step %d: %s", number, error)  # training goes on; the next save tries again
             display.say(f"step {number}: not saved: {error}")
+            if force or failed == FAILED_SAVES:
+                what = "the last save failed" if force else f"{failed} saves in a row failed"
+                raise RunError(
+                    f"{what}: {error.message}", where=error.where, why=error.why, fix=error.fix
+                ) from error
 
     taken = 0
     with _Signals(display.say, agreed=checkpoints is not None) as signals:
@@ -226,6 +247,8 @@ def run_loop(
             hook.on_end(result.step, result.state)
         if result.step > first_step:
             save(result.step, force=True)
+    if unwritten:
+        display.say(f"{len(unwritten)} rows of metrics could not be written, from step {unwritten[0]} on")
     return result
 
 

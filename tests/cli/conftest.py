@@ -48,6 +48,16 @@ def config(shared, tmp_path):
     return f"{file}:tiny"
 
 
+@pytest.fixture(scope="session")
+def trained(shared, tmp_path_factory):
+    """One run, on the config's mesh."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = CONFIG.replace("{text}", str(shared / "text.txt")).replace("{cache}", str(shared / "cache"))
+    (folder / "c.py").write_text(text.replace("{output}", str(folder / "run")))
+    assert main(["train", f"{folder / 'c.py'}:tiny"]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
 def shardtrain(capfd):
     """Run a command in this process: exit code, stdout, stderr."""

@@ -19,20 +19,6 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-@pytest.fixture(scope="module")
-def trained(shared, tmp_path_factory):
-    """One run, on the config's mesh."""
-    from conftest import CONFIG
-
-    from shardtrain.cli import main
-
-    folder = tmp_path_factory.mktemp("trained")
-    text = CONFIG.replace("{text}", str(shared / "text.txt")).replace("{cache}", str(shared / "cache"))
-    (folder / "c.py").write_text(text.replace("{output}", str(folder / "run")))
-    assert main(["train", f"{folder / 'c.py'}:tiny"]) == 0
-    return folder / "run"
-
-
 def test_train_writes_a_run(trained):
     """The fault in mind: no groups in the saved config."""
     names = {p.name for p in trained.iterdir()}

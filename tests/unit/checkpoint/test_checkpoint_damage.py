@@ -1,16 +1,27 @@
 """Killed, cut short, spoilt: what is listed is whole, and what is not whole says so."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 from checkpoint_fakes import FakePlan, at_step, equal, mesh_of
 
-from shardtrain.checkpoint import Checkpointer, folder, inspect, list_steps, restore
+from shardtrain.checkpoint import (
+    Checkpointer,
+    digests,
+    folder,
+    inspect,
+    list_steps,
+    manifest,
+    restore,
+    verify,
+)
 from shardtrain.errors import CheckpointError
 
 KILLED = """
@@ -78,12 +89,19 @@ def two_steps(tmp_path):
     return tmp_path, plan
 
 
+def flip(file: Path, after: bytes = b"", at: int = 40) -> None:
+    """One bit, `at` bytes behind `after`."""
+    content = bytearray(file.read_bytes())
+    content[content.index(after) + at] ^= 4
+    file.write_bytes(content)
+
+
 def largest(place: Path) -> Path:
     return max((file for file in place.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
 
 
 def test_truncated_missing_and_unreadable(two_steps):
-    """Failed when sizes were not compared: TensorStore's text, or none at all for an unused file."""
+    """Failed when sizes were not compared, and when contents were not: Orbax gave wrong values, or TensorStore's text."""
     path, plan = two_steps
     for step, older in ((2, True), (1, False)):
         place, copy = path / str(step), path.parent / f"copy{step}"
@@ -94,9 +112,9 @@ def test_truncated_missing_and_unreadable(two_steps):
             "is missing": lambda data=data: data.unlink(),
             "manifest.json cannot be read": lambda p=place: (p / "manifest.json").write_text('{"format": 1'),
             "manifest.json cannot be read: No such file": lambda p=place: (p / "manifest.json").unlink(),
-            # of the right size, and nonsense: Orbax's own refusal is passed on as ours
-            "its arrays cannot be read": lambda p=place: (p / "arrays/state/_METADATA").write_bytes(
-                b"?" * (p / "arrays/state/_METADATA").stat().st_size
+            f"the file {data.relative_to(place)} is not what was written": lambda data=data: flip(data),
+            "manifest.json is not what was written": lambda p=place: flip(
+                p / "manifest.json", b'"cursor"', 3
             ),
         }
         for said, act in spoil.items():
@@ -108,9 +126,110 @@ def test_truncated_missing_and_unreadable(two_steps):
             shutil.rmtree(place)
             shutil.copytree(copy, place)
         (path / str(step) / "manifest.json").unlink()
-    with Checkpointer(path) as checkpointer, pytest.raises(CheckpointError, match="step 2 is damaged"):
-        checkpointer.restore_or_init(plan)
     assert [entry["committed"] for entry in list_steps(path)] == [False, False]
+
+
+def test_arrays_that_orbax_refuses(two_steps, monkeypatch):
+    """Sound files, and an error of Orbax: told as ours. The fault in mind: a traceback of another library."""
+    from shardtrain.checkpoint import arrays
+
+    path, plan = two_steps
+    monkeypatch.setattr(arrays, "load", lambda *a, **k: (_ for _ in ()).throw(ValueError("no such thing")))
+    with pytest.raises(CheckpointError, match="its arrays cannot be read: ValueError: no such thing"):
+        restore(path, plan)
+
+
+def test_a_damaged_step_is_passed_over_and_set_aside(two_steps, caplog):
+    """One loud line, the older step bit for bit, nothing removed. Failed when the newest was restored unread, and
+    when retention counted the damaged step among those it keeps."""
+    path, plan = two_steps
+    data = largest(path / "2" / "arrays")
+    flip(data)
+    spoilt = data.read_bytes()
+    with Checkpointer(path, keep=1) as checkpointer:
+        state = checkpointer.restore_or_init(plan)
+        assert equal(state, at_step(plan.init(0), 1))
+        line = next(r.getMessage() for r in caplog.records if r.levelname == "ERROR")
+        assert f"{path}/2 is damaged: the file {data.relative_to(path / '2')} is not what was written" in line
+        assert "going on from step 1" in line and "moved to 2.damaged" in line
+        assert folder.steps(path) == [1]
+        assert checkpointer.save(at_step(state, 2), force=True)
+    assert folder.steps(path) == [2] and equal(restore(path, plan), at_step(plan.init(0), 2))
+    assert (path / "2.damaged" / data.relative_to(path / "2")).read_bytes() == spoilt
+
+
+def test_reading_passes_over_but_moves_nothing(two_steps, caplog):
+    """The fault in mind: a reader that changes a folder in which somebody trains."""
+    path, plan = two_steps
+    (path / "2" / "manifest.json").unlink()
+    before = sorted(path.rglob("*"))
+    assert int(restore(path, plan).step) == 1 and "passed over" in caplog.text
+    assert sorted(path.rglob("*")) == before
+
+
+def test_none_intact_is_no_new_start(two_steps):
+    """Failed when a folder of damaged steps was taken for an empty one, and the run began anew."""
+    path, plan = two_steps
+    for step in (1, 2):
+        flip(largest(path / str(step) / "arrays"))
+    with Checkpointer(path) as checkpointer:
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints here is intact") as caught:
+            checkpointer.restore_or_init(plan)
+        assert len(caught.value.why.splitlines()) == 2 and plan.inits == 2
+    assert folder.steps(path) == [1, 2]
+
+
+def test_retention_keeps_the_good_one(two_steps):
+    """A step cut short after its commit is not counted. Failed when every folder with a manifest was."""
+    path, plan = two_steps
+    os.truncate(largest(path / "2" / "arrays"), 10)
+    with Checkpointer(path, keep=2) as checkpointer:
+        checkpointer.save(at_step(plan.init(0), 3), step=3, force=True)
+    assert folder.steps(path) == [1, 2, 3]
+
+
+def test_verify_reads_every_byte(two_steps):
+    """The fault in mind: sizes only."""
+    path, _ = two_steps
+    (path / ".saving" / "3").mkdir(parents=True)
+    flip(largest(path / "1" / "arrays"), at=0)
+    (path / "2" / "arrays" / "commit_success.txt").unlink()
+    one, two, three = verify(path)["steps"]
+    assert (one["step"], one["committed"], one["intact"], len(one["problems"])) == (1, True, False, 1)
+    assert "bytes 0 to" in one["problems"][0] and "is missing" in two["problems"][0]
+    assert not three["committed"] and not three["intact"]
+    with pytest.raises(CheckpointError, match="no step 7"):
+        verify(path, 7)
+
+
+def test_a_step_under_another_number(two_steps):
+    """A folder that was renamed by hand would resume at the wrong rows. Failed when the number was not compared."""
+    path, plan = two_steps
+    (path / "1").rename(path / "7")
+    assert verify(path, 7)["steps"][0]["problems"] == ["manifest.json is that of step 1"]
+    assert int(restore(path, plan).step) == 2
+
+
+def test_written_before_digests(two_steps, caplog):
+    """A manifest of format 1 restores with a warning, and is not called intact."""
+    path, plan = two_steps
+    file = path / "2" / "manifest.json"
+    old = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("digest", "digests")}
+    file.write_text(json.dumps({**old, "format": 1}))
+    assert equal(restore(path, plan, 2), at_step(plan.init(0), 2)) and "without digests" in caplog.text
+    assert "format 1" in verify(path, 2)["steps"][0]["problems"][0]
+
+
+def test_a_digest_per_chunk(tmp_path, monkeypatch):
+    """Several chunks in a file, and a last one that is short. Failed when only the first chunk was read."""
+    monkeypatch.setattr(digests, "CHUNK", 1000)
+    (tmp_path / "file").write_bytes(bytes(range(250)) * 10)
+    known = digests.of_files(tmp_path, {"file": 2500})
+    assert known["file"] == [
+        f"{zlib.crc32((bytes(range(250)) * 10)[i : i + 1000]):08x}" for i in (0, 1000, 2000)
+    ]
+    flip(tmp_path / "file", at=2400)
+    assert "bytes 2000 to 2500 of 2500" in digests.differences(tmp_path, {"file": 2500}, known)[0]
 
 
 def test_what_is_not_there(two_steps):
@@ -126,12 +245,15 @@ def test_what_is_not_there(two_steps):
 
 
 def test_a_newer_format_is_refused(two_steps):
-    """Failed when `format` was not looked at."""
+    """And not passed over as damaged. Failed when `format` was not looked at."""
     path, plan = two_steps
     file = path / "2" / "manifest.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(CheckpointError, match="format 99 is newer"):
-        restore(path, plan)
+    content = json.loads(file.read_text())
+    del content["digest"]
+    file.write_text(manifest.seal({**content, "format": 99}))
+    for step in (None, 2):
+        with pytest.raises(CheckpointError, match="format 99 is newer"):
+            restore(path, plan, step)
 
 
 def test_listing(two_steps):
@@ -149,3 +271,41 @@ def test_listing(two_steps):
     assert two["bytes"] == sum(f.stat().st_size for f in (run / "checkpoints/2").rglob("*") if f.is_file())
     assert inspect(run)["step"] == 2 and inspect(run, 1)["step"] == 1
     path.mkdir()
+
+
+FULL = """
+import logging, resource, sys
+import jax.numpy as jnp, numpy as np, optax
+import shardtrain as st
+
+def limit(step, metrics):  # what a quota does: writes fail, in the kernel
+    size = {3: 3000, 9: resource.RLIM_INFINITY}.get(step)
+    if size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+st.simulate_devices(2)
+st.fit(
+    (lambda key: {"w": jnp.ones((64, 64))}, lambda p, x: x @ p["w"]),
+    lambda model, batch: jnp.square(model(batch["x"])).mean(),
+    optax.adam(1e-3),
+    [{"x": np.ones((8, 64), np.float32)} for _ in range(14)],
+    mesh=st.make_mesh(data=2), steps=14, output=sys.argv[1], checkpoint_every=2, hooks=[limit],
+)
+"""
+
+
+def test_a_quota_that_is_reached_and_raised(tmp_path):
+    """Training goes on and says what it could not keep; nothing is left over; later saves are whole. Failed when the
+    metrics' OSError ended the run."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a checkpoint could not be written" in done.stderr and "File too large" in done.stderr
+    place = tmp_path / "checkpoints"
+    assert folder.steps(place) == [12, 14] and not folder.unfinished(place)
+    assert all(step["intact"] for step in verify(place)["steps"])

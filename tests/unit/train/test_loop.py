@@ -468,9 +468,56 @@ def test_a_save_that_fails_does_not_end_the_training(caplog):
                 raise CheckpointError("a checkpoint could not be written", where="disk")
             return False
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(RunError, match="the last save failed"):
         go(5, checkpoints=Full(every=2))
-    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "shardtrain"] == ["step 2"]
+    lines = [r.getMessage().split(":")[0] for r in caplog.records if r.name == "shardtrain"]
+    assert lines == ["step 2", "step 5"]
+
+
+@pytest.mark.parametrize(("bad", "stops_at"), [(range(100), 5), ([1, 2, 3, 4, 6, 7, 8, 9], None)])
+def test_saves_that_go_on_failing_end_it(bad, stops_at):
+    """Five in a row; failures in the background are told one call later, as the Checkpointer does. Failed when a save
+    that had begun was taken for one that is on disk, and when the count was never set back."""
+
+    class Background(Checkpoints):
+        broken = False
+
+        def save(self, state: Any, *, step: int | None = None, force: bool = False) -> bool:
+            if self.broken:
+                self.broken = False
+                raise CheckpointError("a checkpoint could not be written", where="disk", why="No space left")
+            self.saves.append((step, force))
+            self.broken = len(self.saves) in bad and not force
+            return True
+
+    checkpoints = Background(every=1)
+    if stops_at is None:
+        assert go(40, checkpoints=checkpoints).stopped == "done"
+    else:
+        with pytest.raises(RunError, match=r"5 saves in a row failed[^~]*No space left"):
+            go(40, checkpoints=checkpoints)
+        assert len(checkpoints.saves) == stops_at
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_training(monkeypatch):
+    """One line at the first, one at the end; the file is opened anew. Failed when OSError came out of the loop."""
+
+    class Full(Writer):
+        closed = 0
+
+        def write(self, number: int, metrics: dict[str, float], kind: str = "train") -> None:
+            if 2 <= number <= 4:
+                raise OSError(28, "No space left on device")
+            super().write(number, metrics, kind)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    writer, said = Full(), []
+    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    go(6, writers=[writer])
+    assert [number for _, number, _ in writer.rows] == [1, 5, 6] and writer.closed == 3
+    assert ["2: metrics not written" in said[0], "3 rows of metrics" in said[-1]] == [True, True]
 
 
 class Clock:

@@ -1,0 +1,61 @@
+"""From files that are written to a step that counts: digested, synced, then the manifest, then the rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from shardtrain.checkpoint import digests, folder, manifest
+
+
+def record(place: Path, process: int) -> None:
+    """Process 1 and up: sync and digest the files that it wrote, and leave what it found for process 0.
+
+    Another host's cache can neither be synced nor read by process 0 alone.
+    """
+    sizes = {n: size for n, size in folder.files(place).items() if _writer(n) == process}
+    _sync(place, sizes)
+    found = {"sizes": sizes, "digests": digests.of_files(place, sizes)}
+    folder.write_synced(_left(place, process), json.dumps(found))
+
+
+def seal(place: Path, content: dict[str, Any], processes: int) -> None:
+    """Process 0, after all have recorded: digest the rest, and write the manifest, which makes the step whole."""
+    known: dict[str, list[str]] = {}
+    told: dict[str, int] = {}
+    for process in range(1, processes):
+        file = _left(place, process)
+        if not file.is_file():
+            raise OSError(f"process {process} did not write its part")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known |= found["digests"]
+        told |= found["sizes"]
+        file.unlink()
+    sizes = folder.files(place)
+    if changed := [name for name, size in told.items() if sizes.get(name) != size]:
+        raise OSError(f"{changed[0]} is not as its process wrote it")
+    rest = {name: size for name, size in sizes.items() if name not in known}
+    _sync(place, rest)
+    content["files"] = sizes
+    content["digests"] = {**digests.of_files(place, rest), **known}
+    for inner, _, _ in os.walk(place):
+        folder.sync(Path(inner))
+    folder.write_synced(place / folder.MANIFEST, manifest.seal(content))
+
+
+def _sync(place: Path, names: dict[str, int]) -> None:
+    for name in names:  # Orbax leaves its metadata files to the page cache
+        folder.sync(place / name)
+
+
+def _writer(name: str) -> int:
+    """Of a file in `ocdbt.process_3/`, or named `process_3`: 3. Of all else process 0 takes care."""
+    found = re.search(r"(?:^|[./])process_(\d+)(?:/|$)", name)
+    return int(found[1]) if found else 0
+
+
+def _left(place: Path, process: int) -> Path:
+    return place / f".digests-{process}.json"
