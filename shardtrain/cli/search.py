@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from shardtrain.config.search import search_config, write_winner
     from shardtrain.mesh import Target
     from shardtrain.plan.cost import Constants
-    from shardtrain.plan.search import OBJECTIVES
+    from shardtrain.plan.ranking import OBJECTIVES
 
     if options.objective not in OBJECTIVES:
         meant = suggestion(options.objective, OBJECTIVES, "step_time")

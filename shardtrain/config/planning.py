@@ -86,7 +86,19 @@ def forecasts(
     known = [Target(t) for t in targets]
     resolved = [(t, Constants.of(t, constants), *resolve(name, flags, t.size)) for t in known]
     for target, shares, config, notes in resolved:
-        yield config, *forecast_config(config, target, shares, compile=compile, timeout=timeout), notes
+        config, note = _over_slices(config, target)
+        found = forecast_config(config, target, shares, compile=compile, timeout=timeout)
+        yield config, *found, [*notes, *note]
+
+
+def _over_slices(config: RunConfig, target: Target) -> tuple[RunConfig, list[str]]:
+    """Data over the slices of a target, where the config says nothing of them; and a line that says so."""
+    if target.slices == 1 or config.dcn.data > 1 or config.mesh.slice > 1:
+        return config, []
+    dcn = dataclasses.replace(config.dcn, data=target.slices)
+    return dataclasses.replace(config, dcn=dcn), [
+        f"data goes over the {target.slices} slices: --dcn.data {dcn.data}"
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,10 +64,15 @@ def _axes(config: RunConfig) -> set[str]:
 
 def _sketcher(config: RunConfig, remat: str | None, target: Target, constants: Constants) -> Sketcher:
     """The model on one device of the target with one row, traced and partitioned."""
-    one = Layout(Candidate.of({}), remat).of(dataclasses.replace(config, global_batch=1, groups=None))
-    plan = make_plan(one, build(one, target.one_device, data=False))
+
+    def alone(rows: int) -> Plan:
+        one = Layout(Candidate.of({}), remat).of(dataclasses.replace(config, global_batch=rows, groups=None))
+        return make_plan(one, build(one, target.one_device, data=False))
+
+    plans = alone(1), alone(2)
+    papers = partition(plans[0], target), partition(plans[1], target)
     fields = build(config, target.one_device, data=False).batch
-    return Sketcher(plan, partition(plan, target), fields, target, constants)
+    return Sketcher(plans[0], papers, fields, target, constants)
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:

@@ -92,10 +92,11 @@ class Run:
 
 
 def runs(paper: Paper) -> Iterator[Run]:
-    """Every operation that computes or sends.
+    """Every operation that is none of control, as often as it runs. A loop in which nothing is computed or sent and that
+    does not say how often it runs is taken for one of a single run.
 
     Raises:
-        HloError: a loop around one of them that runs an unknown number of times.
+        HloError: another loop that does not say it.
     """
     yield from _runs(paper.entry, Fraction(1), (), {})
 
@@ -106,16 +107,15 @@ def _runs(block: Block, times: Fraction, loops: tuple[int, ...], known: dict[int
         if op.number is not None:
             known[op.makes[0]] = op.number
         if op.name == "while":
-            if not any(map(_matters, op.blocks)):
-                continue
             trips = trip_count(op, known)
-            if trips is None:
+            if trips is None and any(map(_matters, op.blocks)):
                 raise HloError(f"a loop at {op.source or 'an unknown line'} runs an unknown number of times")
+            trips = 1 if trips is None else trips
             yield from _runs(op.blocks[1], times * trips, (*loops, trips), _passed(op, known))
-        elif op.blocks and op.name in ("case", "if"):
+        elif op.blocks:
             for branch in op.blocks:
                 yield from _runs(branch, times * branch.share, loops, known)
-        elif op.flops or op.name in KINDS:
+        else:
             yield Run(op, times, loops)
 
 
@@ -212,13 +212,14 @@ class Work:
 def work(paper: Paper, fused: frozenset[str]) -> tuple[Work, ...]:
     """What the device computes and moves in its memory, operation by operation; fused ones move nothing.
 
-    State is read and written once more, by its update. In a loop that does not say how often it runs, once.
+    State is read and written once more, by its update.
     """
     found: dict[tuple[str, float, float], float] = collections.defaultdict(float)
     state = sum(paper.values[a].bytes for a in paper.entry.takes)
     found["f32", 0.0, 2 * state] += 1.0
-    for op, times in _all(paper.entry, Fraction(1), {}):
-        if op.name in fused or op.name in KINDS or op.number is not None:
+    for run in runs(paper):
+        op = run.op
+        if op.name in fused or op.name in KINDS or op.name == "constant":
             continue
         sizes = [paper.values[n].bytes for n in (*op.reads, *op.makes)]
         if op.name == "dynamic_update_slice":  # in place: what is written, and read from where it was made
@@ -227,19 +228,5 @@ def work(paper: Paper, fused: frozenset[str]) -> tuple[Work, ...]:
             sizes = [2 * min(sizes)]
         dtype = paper.values[op.reads[0]].dtype if op.reads else ""
         if sum(sizes):
-            found[dtype, op.flops, sum(sizes)] += float(times)
+            found[dtype, op.flops, sum(sizes)] += float(run.times)
     return tuple(Work(*key, times) for key, times in found.items())
-
-
-def _all(block: Block, times: Fraction, known: dict[int, int]) -> Iterator[tuple[Op, Fraction]]:
-    known = dict(known)
-    for op in block.ops:
-        if op.number is not None:
-            known[op.makes[0]] = op.number
-        if op.name == "while":
-            yield from _all(op.blocks[1], times * (trip_count(op, known) or 1), _passed(op, known))
-        elif op.blocks:
-            for branch in op.blocks:
-                yield from _all(branch, times * branch.share, known)
-        elif op.name != "constant":
-            yield op, times

@@ -1,7 +1,8 @@
-"""A layout's cost from arithmetic alone, once the model has been traced for one device and one row: about ten milliseconds.
+"""A layout's cost from arithmetic alone, once the model has been partitioned on one device with one row and with two: a few
+milliseconds.
 
-What is exact: bytes of state, from specs; bytes sent, from `plan/minimum.py`; whether it divides at all. What is scaled from the
-one row: FLOPs, by rows and devices, and activations. It orders layouts so that few have to be partitioned.
+What is exact: bytes of state, from specs; bytes sent, from `plan/minimum.py`; whether it divides at all. What is scaled from what
+the second row added: products, memory traffic and activations. It orders layouts so that few have to be partitioned.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from shardtrain.mesh import Target
@@ -46,17 +46,29 @@ class Sketcher:
     """Of one model under one remat policy.
 
     Args:
-        one: its plan on one device of the target's kind with a global batch of one row. paper: that plan, partitioned.
+        one: its plan on one device of the target's kind with a global batch of one row.
+        papers: that plan partitioned, and the same with two rows.
         batch: shapes of the real global batch.
     """
 
-    def __init__(self, one: Plan, paper: Partitioned, batch: Any, target: Target, constants: Constants):
-        self.one, self.paper, self.batch, self.target, self.constants = one, paper, batch, target, constants
+    def __init__(
+        self,
+        one: Plan,
+        papers: tuple[Partitioned, Partitioned],
+        batch: Any,
+        target: Target,
+        constants: Constants,
+    ):
+        self.one, self.batch, self.target, self.constants = one, batch, target, constants
         self.named = {
             **flatten(one.abstract_state.params),
             **flatten(one.abstract_state.model_state.get(FROZEN, {})),
         }
         self.copies = _copies(one)
+        first, second = papers
+        self.saved = second.live.saved - first.live.saved
+        self.made = max(0.0, second.temporaries - first.temporaries - self.saved)
+        self.row = _difference(second.work, first.work)
         self._carried: dict[Any, Traffic] = {}
 
     def __call__(self, candidate: Candidate) -> Sketch:
@@ -70,13 +82,11 @@ class Sketcher:
         parts = self.target.size
         stages = 1 if plan.pipeline is None else plan.pipeline.deal.stages
         again = 1.0 if stages == 1 else 4 / 3  # a stage's backward runs its forward again
-        work = [
-            Work(w.dtype, w.flops, w.bytes, w.times * plan.global_batch * again / parts)
-            for w in self.paper.work
-            if w.flops or w.times > 1
-        ]
-        found = cost(self.target, mesh.shape, work, sent, bubble(plan), self.constants, "sketched")
         state = sum(self._state(leaf, mesh) for leaf in plan.leaves.values())
+        share = plan.global_batch * again / parts
+        work = [dataclasses.replace(w, times=w.times * share) for w in self.row]
+        work.append(Work("f32", 0.0, 2 * state, 1.0))  # read and written by the update
+        found = cost(self.target, mesh.shape, work, sent, bubble(plan), self.constants, "sketched")
         return Sketch(state, state + self._activations(plan, rows, stages), found)
 
     def arranged(self, mesh: AnyMesh, candidate: Candidate) -> Plan:
@@ -100,6 +110,7 @@ class Sketcher:
         axes, placing = with_layers(pipe, axes, self.named), at_rest(pipe, rules)
         layouts.check_names(self.named, axes, placing, mesh)
         compute = jnp.dtype(PRECISIONS[one.precision])
+        wire = jnp.dtype(jnp.float32) if self.target.platform == "cpu" else compute
         leaves = layouts.parameter_leaves(
             self.named,
             axes,
@@ -107,7 +118,7 @@ class Sketcher:
             mesh=mesh,
             stacks=one.seen.stacks,
             tables=frozenset(one.seen.lookups),
-            dtypes=(compute, compute, jnp.dtype(jnp.float32)),
+            dtypes=(compute, wire, jnp.dtype(jnp.float32)),
         )
         lookups = {path: count * rows // groups for path, count in one.seen.lookups.items()}
         return dataclasses.replace(
@@ -151,17 +162,25 @@ class Sketcher:
         return held + copies + size * 4 / parts(leaf.gradient)
 
     def _activations(self, plan: Plan, rows: int, stages: int) -> float:
-        """What one device keeps and makes for its rows, a layer's weights among it; under a pipeline the inputs in flight."""
-        per_row = self.paper.live
-        saved, made = per_row.saved, self.paper.temporaries - per_row.saved
-        weights = sum(4.0 * math.prod(leaf.shape) for leaf in self.named.values())
-        made = max(0.0, made - weights)
+        """What one device keeps and makes for its rows; under a pipeline the inputs in flight."""
         tensor = plan.mesh.shape.get("tensor", 1)
         parts = plan.sequence_parts * (tensor if plan.sequence_divided else 1)
-        saved = saved * rows / parts / stages
-        if stages > 1 and plan.pipeline is not None:
-            saved = saved * max(plan.pipeline.timeline().in_flight) / plan.pipeline.deal.layers
-        return saved + made * rows / plan.sequence_parts / tensor
+        saved = self.saved * rows / parts / stages
+        if (
+            stages > 1 and plan.pipeline is not None
+        ):  # inputs of stages are kept, and one stage's own while it runs again
+            saved *= 1 + max(plan.pipeline.schedule.in_flight()) / plan.pipeline.deal.layers
+        return saved + self.made * rows / plan.sequence_parts / tensor
+
+
+def _difference(more: tuple[Work, ...], less: tuple[Work, ...]) -> list[Work]:
+    """What one has over another, by dtype: FLOPs and bytes of all runs together."""
+    found: dict[str, list[float]] = {}
+    for sign, group in ((1.0, more), (-1.0, less)):
+        for w in group:
+            flops, moved = found.setdefault(w.dtype, [0.0, 0.0])
+            found[w.dtype] = [flops + sign * w.times * w.flops, moved + sign * w.times * w.bytes]
+    return [Work(dtype, max(0.0, f), max(0.0, b), 1.0) for dtype, (f, b) in found.items()]
 
 
 def _copies(plan: Plan) -> Mapping[str, float]:
@@ -172,8 +191,3 @@ def _copies(plan: Plan) -> Mapping[str, float]:
         if owner is not None and tuple(leaf.shape) == plan.leaves[owner].shape:
             found[owner] = found.get(owner, 0.0) + math.prod(leaf.shape) * leaf.dtype.itemsize
     return found
-
-
-def one_row(batch: Any) -> Any:
-    """The batch with one row."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype), batch)
