@@ -22,6 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="FILE.py:FUNCTION or a saved config.json")
     parser.add_argument("--target", required=True, help="hardware, present or not: v5e:16x16, h100:8x8")
     parser.add_argument("--objective", default="step_time", help="step_time (default), memory or cost")
+    parser.add_argument("--axes", default="", help="meshes of these axes alone, with commas: data,fsdp")
     parser.add_argument("--top", type=int, default=5, help="layouts to show")
     parser.add_argument("--partitions", type=int, default=24, help="layouts to partition on paper")
     parser.add_argument("--compiles", type=int, default=5, help="layouts to compile; 0 leaves compilers out")
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         config,
         target,
         constants,
+        axes=[a for a in options.axes.split(",") if a],
         objective=options.objective,
         partitions=options.partitions,
         compiles=options.compiles,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardtrain.config.build import build, make_plan, use_no_devices
@@ -14,7 +14,7 @@ from shardtrain.config.load import from_json, to_json
 from shardtrain.config.planning import Layout, planned
 from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
-from shardtrain.mesh import Target
+from shardtrain.mesh import AXES, Target
 from shardtrain.models import MoEConfig
 from shardtrain.parallel.remat import POLICIES
 from shardtrain.plan.candidates import Candidate, space
@@ -30,19 +30,28 @@ def search_config(
     target: Target,
     constants: Constants,
     *,
+    axes: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Search:
     """`plan.search.search` over the layouts that a config's model can have; `options` as there.
 
+    `axes`: look at meshes of these alone (and slice).
+
     Meshes, rules, microbatches, schedules and what the backward recomputes change; global batch, sequence length,
     model, optimizer and precision do not.
     """
+    able = _axes(config)
+    for axis in axes:
+        if axis not in able:
+            fix = f"of {', '.join(a for a in AXES if a in able)}"
+            raise ConfigError(f"this model cannot be divided over '{axis}'", where="axes", fix=fix)
     use_no_devices()
     policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
     sketchers = {remat: _sketcher(config, remat, target, constants) for remat in policies}
     host = target.topology[-1] if target.platform == "cuda" else target.size
-    found = space(target.size // target.slices, target.slices, _axes(config), config.global_batch, host)
+    found = space(target.size // target.slices, target.slices, able, config.global_batch, host)
+    found = [c for c in found if not axes or set(c.mesh) <= {"slice", *axes}]
     layouts = [(candidate, remat) for candidate in found for remat in policies]
 
     def make(candidate: Candidate, remat: str | None) -> tuple[Plan, float | None]:
@@ -78,7 +87,7 @@ def _sketcher(config: RunConfig, remat: str | None, target: Target, constants: C
 def _notes(config: RunConfig) -> tuple[str, ...]:
     """What a layout changes besides where things are."""
     model: Any = config.model
-    if config.groups is None and (isinstance(model, MoEConfig) or getattr(model, "dropout", 0)):
+    if config.groups is None and (isinstance(model, MoEConfig) or getattr(model, "dropout", 0.0) > 0):
         return (
             "batch shards x microbatches are the groups of a new run, over which dropout is drawn and experts are balanced: "
             "set groups to keep them equal between layouts",

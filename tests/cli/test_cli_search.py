@@ -1,10 +1,12 @@
 """`plan --target` and `search` from the shell, on a config of a user."""
 
+import dataclasses
 import json
 
 import pytest
 
 from shardtrain.config import load_config
+from shardtrain.mesh import CHIPS
 
 
 def test_plan_for_hardware_that_is_not_here(config, as_json, shardtrain, monkeypatch):
@@ -26,6 +28,22 @@ def test_plan_for_hardware_that_is_not_here(config, as_json, shardtrain, monkeyp
     assert "not compiled" in found["source"] and "assumed" in found["step_source"]
 
 
+@pytest.mark.slow
+def test_ways_to_fit(config, as_json, monkeypatch):
+    """A chip with less memory than the step takes: exit 1, and changes under which it fits, the cheapest first.
+
+    The fault in mind: a way out that does not fit either.
+    """
+    _, before = as_json("plan", config, "--target", "h100:1x8", "--compile", "no")
+    less = 0.9 * before["memory"]["peak"]
+    monkeypatch.setitem(CHIPS, "h100", dataclasses.replace(CHIPS["h100"], hbm_bytes=less / 0.92))
+    code, found = as_json("plan", config, "--target", "h100:1x8", "--compile", "no")
+    ways = found["ways_to_fit"]
+    assert code == 1 and found["fits"] is False and 1 <= len(ways) <= 3
+    assert all(way["peak"] <= less for way in ways)
+    assert [w["step_seconds"] for w in ways] == sorted(w["step_seconds"] for w in ways)
+
+
 def test_several_targets(config, as_json):
     """Strong scaling is of tokens per device; the first target is 1. The fault in mind: each against itself."""
     code, found = as_json(
@@ -40,12 +58,11 @@ def test_several_targets(config, as_json):
 def test_search_writes_what_train_takes(config, as_json, tmp_path):
     """The winner differs from the config in its layout alone. Failed once with the global batch of the sketch."""
     file = tmp_path / "best.json"
-    code, found = as_json(
-        "search", config, "--target", "h100:1x8", "--compiles", "0", "--partitions", "2", "--write", file
-    )
+    few = ["--axes", "data,fsdp", "--partitions", "2", "--compiles", "0"]
+    code, found = as_json("search", config, "--target", "h100:1x8", *few, "--write", file)
     assert code == 0 and {"target", "candidates", "best", "seconds"} <= set(found)
     keys = "mesh rules remat microbatches schedule fits memory step_seconds why source"
-    assert all(set(keys.split()) <= set(c) for c in found["candidates"]) and len(found["candidates"]) > 50
+    assert all(set(keys.split()) <= set(c) for c in found["candidates"]) and len(found["candidates"]) > 10
     old, new = load_config(config), load_config(str(file))
     assert (new.global_batch, new.data, new.optimizer, new.precision) == (
         old.global_batch,
@@ -82,6 +99,7 @@ def test_wrong_plan(name, config, shardtrain):
         (["--target", "h100:1x8", "--write", "best.txt"], ".json"),
         (["--target", "h100:1x8", "--write", "nowhere/best.json"], "no such folder"),
         (["--target", "h100:1x8", "--top", "0"], "--top"),
+        (["--target", "h100:1x8", "--axes", "data,expert"], "expert"),
         ([], "--target"),
     ],
 )

@@ -36,7 +36,7 @@ LAYOUTS = [
     pytest.param("data2-tensor4+tensor_sequence", GPT, marks=pytest.mark.slow),
     ("fsdp2-context4", GPT),
     ("stage2-data4+x2", GPT),
-    ("data2-expert2-tensor2", MOE),
+    pytest.param("data2-expert2-tensor2", MOE, marks=pytest.mark.slow),
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import shardtrain as st
 from shardtrain.errors import CompileError
+from shardtrain.mesh import CHIPS
 from shardtrain.models import GPTConfig, build_model, language_model_loss
 from shardtrain.plan import search as room
 from shardtrain.plan.candidates import Candidate, space
@@ -95,7 +96,7 @@ def test_what_is_too_big_loses(sketcher, monkeypatch):
     entries = {n: room._sketched(Candidate.parse(n), None, sketcher, None) for n in ("data8", "fsdp8")}
     between = (entries["data8"].sketch.state + entries["fsdp8"].sketch.state) / 2
     tight = dataclasses.replace(chip, hbm_bytes=between / 0.92)
-    monkeypatch.setitem(st.mesh.CHIPS, "h100", tight)
+    monkeypatch.setitem(CHIPS, "h100", tight)
     found = search(
         [(e.candidate, None) for e in entries.values()], TARGET, {None: sketcher}, make, compiles=0
     )
