@@ -8,7 +8,8 @@ import sys
 COMMANDS = {
     "train": "run a config; the same command on the same output resumes it",
     "resume": "go on with a run, on whatever devices are left; --dry-run says what stays exact",
-    "plan": "where every array lives, bytes, collectives; nothing is trained",
+    "plan": "where every array lives, memory, bytes, seconds; on hardware that need not be here",
+    "search": "the best layouts for hardware that need not be here, and why the others lost",
     "audit": "collectives against the minimum, findings with source lines; exit 1 on one",
     "verify": "the same training on one device and on other layouts, leaf by leaf; exit 1 where one differs",
     "config": "the resolved config, and what differs from the defaults",

@@ -33,6 +33,7 @@ class Pieces:
 
     `model`: factory of an nnx module. `loader`, `eval_loader`: see `shardtrain.data`; eval may be None.
     `text`: the tokenised text, None for a user's own data. `flops_per_row`: training FLOPs, None if unknown.
+    `batch`: shapes of a global batch. Without data (`build(data=False)`) loaders and text are None.
     """
 
     mesh: AnyMesh
@@ -44,6 +45,7 @@ class Pieces:
     eval_loader: Any
     text: Any
     flops_per_row: float | None
+    batch: Any
 
 
 def build_mesh(config: RunConfig, target: Target | None = None) -> AnyMesh:
@@ -57,10 +59,9 @@ def plan_for(name: str, flags: Sequence[str], target: str | None) -> tuple[Plan,
     """The plan of a config on hardware that need not be here, and lines to say.
 
     Without a target: as many simulated CPU devices as the config asks for. Starts no device but this
-    process's CPU.
+    process's CPU, and reads no text.
     """
-    with contextlib.suppress(RuntimeError):  # started already: nothing here needs a device
-        jax.config.update("jax_platforms", "cpu")
+    use_no_devices()
     hardware = None if target is None else Target(target)
     config, notes = resolve(name, flags, hardware.size if hardware else None)
     if hardware is None:
@@ -72,7 +73,13 @@ def plan_for(name: str, flags: Sequence[str], target: str | None) -> tuple[Plan,
                 fix="--target cpu:8, or the hardware that it is for, such as --target h100:1x8",
             )
         hardware = Target(f"cpu:{count}")
-    return make_plan(config, build(config, build_mesh(config, hardware))), hardware, notes
+    return make_plan(config, build(config, build_mesh(config, hardware), data=False)), hardware, notes
+
+
+def use_no_devices() -> None:
+    """Nothing that follows needs a device but this process's CPU."""
+    with contextlib.suppress(RuntimeError):  # started already
+        jax.config.update("jax_platforms", "cpu")
 
 
 def build_text(config: RunConfig) -> Any:
@@ -91,8 +98,12 @@ def build_text(config: RunConfig) -> Any:
     )
 
 
-def build(config: RunConfig, mesh: AnyMesh | None = None) -> Pieces:
-    """Every piece, checked against the others before anything is compiled. `mesh`: in place of the config's."""
+def build(config: RunConfig, mesh: AnyMesh | None = None, *, data: bool = True) -> Pieces:
+    """Every piece, checked against the others before anything is compiled.
+
+    Args:
+        mesh: in place of the config's. data: False leaves out the text, of which only the shapes are known then.
+    """
     mesh = build_mesh(config) if mesh is None else mesh
     schedule = learning_rate(config)
     if isinstance(config.model, Custom):
@@ -110,12 +121,19 @@ def build(config: RunConfig, mesh: AnyMesh | None = None) -> Pieces:
                 where="data.sequence",
                 fix=f"--data.sequence {shape.sequence} or --model.sequence {config.data.sequence}",
             )
-    text = None
+    text: Any = None
+    loader: Any
+    eval_loader: Any
     if isinstance(config.model, Custom) and config.model.data:
         loader = data_room.as_loader(
             load_name(config.model.data)(config), config.global_batch, seed=config.seed
         )
-        eval_loader = None
+        eval_loader, batch = None, loader.batch_spec
+    elif not data:
+        loader = eval_loader = None
+        rows = (config.global_batch, config.data.sequence)
+        fields = ("tokens", "int32"), ("targets", "int32"), ("weights", "float32")
+        batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in fields}
     else:
         text = build_text(config)
         vocab = getattr(config.model, "vocab", text.vocab_size)
@@ -130,7 +148,10 @@ def build(config: RunConfig, mesh: AnyMesh | None = None) -> Pieces:
         )
         loader = data_room.TokenLoader(text, split="train", **common)
         eval_loader = data_room.TokenLoader(text, split="eval", shuffle=False, **common)
-    return Pieces(mesh, model, loss, optimizer(config, schedule), schedule, loader, eval_loader, text, flops)
+        batch = loader.batch_spec
+    return Pieces(
+        mesh, model, loss, optimizer(config, schedule), schedule, loader, eval_loader, text, flops, batch
+    )
 
 
 def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> Plan:
@@ -147,7 +168,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         pieces.model,
         pieces.loss,
         pieces.optimizer,
-        batch=pieces.loader.batch_spec,
+        batch=pieces.batch,
         mesh=pieces.mesh,
         rules=config.rules,
         microbatches=microbatches,

@@ -18,6 +18,10 @@ class Chip:
     `ici_bandwidth`: bytes/s out of one device, one way, over all its fast links (ICI or NVLink).
     `dcn_bandwidth`: bytes/s out of one device over the network between slices or hosts.
     `source`: where the figures stand. `capability`: CUDA's, of NVIDIA devices.
+    `ici_hop_seconds`, `dcn_hop_seconds`: latency of one step of a ring over either.
+    `usable_bytes`: what a program may take of `hbm_bytes`; seen in the compiler's own refusals on v5e and v6e, on other
+    TPUs the same quarter of a GiB less, on GPUs 92% (context of CUDA, buffers of NCCL): an assumption.
+    `links`: ICI links, two along each dim of the torus; 0 where a switch joins all devices of a host.
     """
 
     name: str
@@ -28,8 +32,18 @@ class Chip:
     dcn_bandwidth: float
     source: str
     capability: str = ""
+    links: int = 0
+    ici_hop_seconds: float = 1.9e-6
+    dcn_hop_seconds: float = 4.0e-6
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.hbm_bytes - 0.25 * GIB if self.links else 0.92 * self.hbm_bytes
 
 
+# Of NCCL's rings over NVLink and network: its table hwLat for LL128, nccl src/graph/tuning.cc. Of ICI: about a microsecond
+# a hop, jax-ml.github.io/scaling-book. Between slices 10 microseconds, an assumption.
+_TORUS: dict[str, Any] = dict(ici_hop_seconds=1e-6, dcn_hop_seconds=10e-6)
 _TPU = "cloud.google.com/tpu/docs/{} (system architecture); DCN per chip: jax-ml.github.io/scaling-book, Hardware"
 CHIPS: dict[str, Chip] = {
     chip.name: chip
@@ -39,27 +53,44 @@ CHIPS: dict[str, Chip] = {
             {"bf16": 197 * TERA, "int8": 394 * TERA},
             16 * GIB,
             819 * GIGA,
-            1600e9 / 8 / 2,  # 1,600 Gbit/s per chip over 4 links, both ways counted
+            400e9 / 2,  # 400 GB/s both ways over 4 links
             3.125e9,
             _TPU.format("v5e"),
+            links=4,
+            **_TORUS,
         ),
         Chip(
             "v5p",
             {"bf16": 459 * TERA, "int8": 918 * TERA},
             95 * GIB,
             2765 * GIGA,
-            4800e9 / 8 / 2,  # 4,800 Gbit/s per chip over 6 links, both ways counted
+            1200e9 / 2,  # 1,200 GB/s both ways over 6 links
             6.25e9,
             _TPU.format("v5p"),
+            links=6,
+            **_TORUS,
         ),
         Chip(
             "v6e",
             {"bf16": 918 * TERA, "int8": 1836 * TERA},
             32 * GIB,
             1638 * GIGA,
-            3584e9 / 8 / 2,  # 3,584 Gbit/s per chip over 4 links, both ways counted
+            800e9 / 2,  # 800 GB/s both ways over 4 links
             12.5e9,
             _TPU.format("v6e"),
+            links=4,
+            **_TORUS,
+        ),
+        Chip(  # half a chip: JAX sees two devices
+            "tpu7x",
+            {"bf16": 2307 * TERA / 2, "fp8": 4614 * TERA / 2},
+            192 * GIB / 2,
+            7380 * GIGA / 2,
+            1200e9 / 2 / 2,  # 1,200 GB/s both ways over 6 links
+            12.5e9 / 2,
+            _TPU.format("tpu7x"),
+            links=6,
+            **_TORUS,
         ),
         Chip(
             "a100",
@@ -94,6 +125,40 @@ CHIPS: dict[str, Chip] = {
             "NVIDIA H100 SXM datasheet (dense); NVLink 900 GB/s both ways; one 400 Gbit/s adapter per GPU (DGX H100)",
             "9.0",
         ),
+        Chip(
+            "h200",
+            {
+                "bf16": 989 * TERA,
+                "f16": 989 * TERA,
+                "tf32": 494.5 * TERA,
+                "f32": 67 * TERA,
+                "fp8": 1979 * TERA,
+                "int8": 1979 * TERA,
+            },
+            141 * GIGA,
+            4800 * GIGA,
+            450 * GIGA,
+            50 * GIGA,
+            "NVIDIA H200 SXM datasheet (dense); NVLink 900 GB/s both ways; one 400 Gbit/s adapter per GPU (DGX H200)",
+            "9.0",
+        ),
+        Chip(
+            "b200",
+            {
+                "bf16": 2250 * TERA,
+                "f16": 2250 * TERA,
+                "tf32": 1125 * TERA,
+                "f32": 75 * TERA,
+                "fp8": 4500 * TERA,
+                "int8": 4500 * TERA,
+            },
+            180 * GIGA,
+            7700 * GIGA,
+            900 * GIGA,
+            50 * GIGA,
+            "NVIDIA HGX B200 datasheet (dense); NVLink 1.8 TB/s both ways; one 400 Gbit/s adapter per GPU (DGX B200)",
+            "10.0",
+        ),
     )
 }
 
@@ -110,7 +175,10 @@ def chip_of(device: Any) -> Chip | None:
         (("v5 lite", "v5e"), "v5e"),
         (("v6 lite", "v6e"), "v6e"),
         (("v5p", "tpu v5"), "v5p"),
+        (("tpu7x", "tpu v7"), "tpu7x"),
+        (("h200",), "h200"),
         (("h100",), "h100"),
+        (("b200",), "b200"),
         (("a100",), "a100"),
     ):
         if any(word in kind for word in words):

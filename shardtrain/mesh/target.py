@@ -114,6 +114,14 @@ class Target:
         shape = named_sizes(self.size, dcn=dcn, **sizes)
         if self.slices > 1:
             across_slices(shape, self.slices)
+        return self._abstract(shape)
+
+    @property
+    def one_device(self) -> AbstractMesh:
+        """A mesh of one of its devices."""
+        return self._abstract({"data": 1})
+
+    def _abstract(self, shape: Mapping[str, int]) -> AbstractMesh:
         platform = "gpu" if self.platform == "cuda" else self.platform
         device = AbstractDevice(device_kind=_FAMILIES[self.family].kind, num_cores=None, platform=platform)
         types = (AxisType.Auto,) * len(shape)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shardtrain.errors import ConfigError, suggestion
-from shardtrain.mesh.build import AXES, named_sizes
+from shardtrain.mesh.build import AXES, SLOW, named_sizes
 from shardtrain.parallel.attention import MODES
 from shardtrain.parallel.presets import PRESETS
 
@@ -148,6 +148,57 @@ def candidates(devices: int, axes: Iterable[str]) -> list[Candidate]:
             if has(inner):
                 add({"slice_fsdp": 2, inner: half})
     return found
+
+
+MOST = {"tensor": 16, "context": 4, "stage": 8, "expert": 64}
+"""Devices along an axis beyond which a search does not look."""
+
+
+def space(devices: int, slices: int, axes: Iterable[str], rows: int, host: int) -> list[Candidate]:
+    """What a search looks at, plain layouts first: data and fsdp in every division, with at most two of tensor, expert,
+    stage and context beside them; the rules that go with them; microbatches as far as rows allow.
+
+    Args:
+        devices: of one slice. slices: joined by the slow network, over which data goes. axes: those that the model can
+            use. rows: of the global batch. host: devices that share the fastest links, the most along tensor.
+    """
+    axes = set(axes)
+    found: dict[Candidate, None] = {}
+    extra = [a for a in ("tensor", "expert", "stage", "context") if a in axes]
+    for count in (0, 1, 2):
+        for chosen in itertools.combinations(extra, count):
+            most = [min(MOST[a], host) if a == "tensor" else MOST[a] for a in chosen]
+            for split in itertools.product(*([n for n in _divisors(devices) if 1 < n <= m] for m in most)):
+                rest, over = divmod(devices, math.prod(split))
+                if over:
+                    continue
+                for fsdp in sorted(_divisors(rest), reverse=True):
+                    sizes = {"slice": slices, "data": rest // fsdp, "fsdp": fsdp}
+                    sizes |= dict(zip(chosen, split, strict=True))
+                    found |= dict.fromkeys(_with_options(sizes, rows))
+    return list(found)
+
+
+def _with_options(sizes: dict[str, int], rows: int) -> list[Candidate]:
+    tensor, stage, fsdp = (sizes.get(a, 1) for a in ("tensor", "stage", "fsdp"))
+    rules = ["fsdp_tensor"]
+    if tensor > 1:
+        rules.append("fsdp_tensor_sequence")
+    if fsdp == 1 and sizes["data"] > 1:
+        rules.append("zero1_tensor" if tensor > 1 else "zero1")
+    shards = math.prod(sizes.get(a, 1) for a in (*SLOW, "data", "fsdp", "expert"))
+    each = rows // shards
+    times = [m for m in ([4 * stage, 2 * stage] if stage > 1 else [1, 4, 16]) if m <= each and each % m == 0]
+    modes = MODES[:1] if sizes.get("context", 1) == 1 else (MODES[0], MODES[2])
+    schedules = ("1f1b", "interleaved:2") if stage > 1 else ("1f1b",)
+    return [
+        Candidate.of(sizes, rules=r, microbatches=m, attention=a, schedule=s)
+        for r, m, a, s in itertools.product(rules, times, modes, schedules)
+    ]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _splits(devices: int, count: int) -> list[tuple[int, ...]]:

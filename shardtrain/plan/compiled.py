@@ -43,6 +43,48 @@ def _taker(batch: Any) -> Callable[[Any], Any]:
     return operator.itemgetter(first, *rest) if rest else lambda batch: (batch[first],)
 
 
+def traced(
+    plan: Plan,
+    function: Callable[[TrainState, Any], tuple[Any, ...]],
+    out_shardings: Any,
+    *,
+    donate: bool,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """A function of `(state, batch)` as a jitted function of their leaves, and its trace over the plan's shardings."""
+    state, batch = plan.abstract_state, plan.batch
+    count, (batch_leaves, batch_structure) = len(state.leaves), jax.tree.flatten(batch)
+
+    def flat(*leaves: Any) -> tuple[Any, ...]:
+        given = TrainState(leaves[:count], state.structure)
+        return function(given, jax.tree.unflatten(batch_structure, leaves[count:]))
+
+    fields = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.field_sharding(x.ndim)) for x in batch_leaves
+    ]
+    made: Any = jax.jit(
+        flat,
+        in_shardings=tuple(x.sharding for x in (*state.leaves, *fields)),
+        out_shardings=out_shardings,
+        donate_argnums=tuple(range(count)) if donate else (),
+        compiler_options=dict(options) if options else None,
+    )
+    with naming_lines():
+        return made, made.trace(*state.leaves, *fields)
+
+
+def lower_step(plan: Plan, platform: str) -> Any:
+    """The training step of a plan, lowered for `tpu`, `cuda` or `cpu`; its mesh may be of devices that are not here."""
+    shardings = tuple(leaf.sharding for leaf in plan.abstract_state.leaves)
+
+    def step(state: TrainState, batch: Any) -> Any:
+        new, metrics = plan.step(state, batch)
+        return new.leaves, metrics
+
+    outputs = shardings, NamedSharding(plan.mesh, PartitionSpec())
+    return traced(plan, step, outputs, donate=True)[1].lower(lowering_platforms=(platform,))
+
+
 class Compiled:
     """A function of `(state, batch)`, compiled. The state may be donated; its shardings are kept.
 
@@ -64,39 +106,22 @@ class Compiled:
     ):
         self.plan, self.target, self.donated = plan, target, donate
         self._structure = plan.abstract_state.structure
-        count = len(plan.abstract_state.leaves)
-        self._count = count
-        batch_leaves, batch_structure = jax.tree.flatten(plan.batch)
-        self._batch_count = len(batch_leaves)
+        self._batch_count = len(jax.tree.leaves(plan.batch))
         self._take = _taker(plan.batch)
         shardings = tuple(leaf.sharding for leaf in plan.abstract_state.leaves)
         self._out: Any = None
         self.changed: tuple[str, ...] = ()
         self._program: hlo.Program | None = None
 
-        def flat(*leaves: Any) -> tuple[Any, ...]:
-            state = TrainState(leaves[:count], self._structure)
-            result = function(state, jax.tree.unflatten(batch_structure, leaves[count:]))
-            return self._outputs(result)
-
-        abstract = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.field_sharding(x.ndim)) for x in batch_leaves
-        ]
+        def outputs(state: TrainState, batch: Any) -> tuple[Any, ...]:
+            return self._outputs(function(state, batch))
 
         def jitted(wanted: Mapping[str, Any] | None) -> tuple[Any, Any]:
-            made: Any = jax.jit(
-                flat,
-                in_shardings=shardings + tuple(plan.field_sharding(x.ndim) for x in batch_leaves),
-                out_shardings=self._out_shardings(shardings),
-                donate_argnums=tuple(range(count)) if donate else (),
-                compiler_options=dict(wanted) if wanted else None,
-            )
-            with naming_lines():
-                return made, made.trace(*plan.abstract_state.leaves, *abstract)
+            return traced(plan, outputs, self._out_shardings(shardings), donate=donate, options=wanted)
 
         def here(wanted: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-            made, traced = jitted(wanted)
-            lowered = traced.lower()
+            made, trace = jitted(wanted)
+            lowered = trace.lower()
             return made, lowered, lowered.compile()
 
         self._jitted: Any

@@ -106,15 +106,18 @@ class Minimum(list[Term]):
         return table(("minimum", "collective", "axis", "per device", "derivation"), rows)
 
 
-def minimum(plan: Plan) -> Minimum:
-    """The least that the plan's step sends per device, from shapes, dtypes and specs alone."""
+def minimum(plan: Plan, carried: Traffic | None = None) -> Minimum:
+    """The least that the plan's step sends per device, from shapes, dtypes and specs alone.
+
+    `carried`: what crosses tensor and the like for one group, where it is known; else the loss is traced for it.
+    """
     terms: dict[tuple[str, str, tuple[str, ...], str], float] = {}
 
     def add(what: str, op: str, axes: tuple[str, ...], size: float, formula: str) -> None:
         if axes and size:
             terms[what, op, axes, formula] = terms.get((what, op, axes, formula), 0.0) + size
 
-    carried = _traffic(plan)
+    carried = traffic_of(plan) if carried is None else carried
     if plan.pipeline is not None:
         carried = carried.divided(plan.pipeline.deal.stages)
     trained = flatten(plan.abstract_state.params)
@@ -270,7 +273,8 @@ def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
         add("gradients", "all-reduce", tuple(rest), 2 * share * size, "2f*X")
 
 
-def _traffic(plan: Plan) -> Traffic:
+def traffic_of(plan: Plan) -> Traffic:
+    """What crosses tensor and the like for one group of a plan; traces its loss."""
     tensor = frozenset(a for a in plan.mesh.shape if a not in plan.manual_axes)
     names = {path: leaf.logical or () for path, leaf in plan.leaves.items()}
     return traffic(

@@ -172,11 +172,13 @@ def test_who_has_joined_leaves_at_once(monkeypatch, capfd):
 
 def test_hardware_facts():
     """Every figure has a source and the size it should: a typing slip of 1000 fails."""
-    assert set(CHIPS) == {"v5e", "v5p", "v6e", "a100", "h100"}
+    assert set(CHIPS) == {"v5e", "v5p", "v6e", "tpu7x", "a100", "h100", "h200", "b200"}
     for chip in CHIPS.values():
         assert chip.source and 1e14 < chip.flops["bf16"] < 1e16
         assert 10e9 < chip.hbm_bytes < 2e11 and 5e11 < chip.hbm_bandwidth < 1e13
         assert chip.dcn_bandwidth < chip.ici_bandwidth < chip.hbm_bandwidth
+        assert 0.9 * chip.hbm_bytes < chip.usable_bytes < chip.hbm_bytes
+        assert chip.ici_hop_seconds < chip.dcn_hop_seconds < 1e-4
 
     class Device:
         def __init__(self, kind):
@@ -185,6 +187,7 @@ def test_hardware_facts():
     names = {
         "TPU v5 lite": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e",
         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA H200": "h200", "NVIDIA B200": "b200", "TPU7x": "tpu7x",
     }  # fmt: skip
     assert {k: chip_of(Device(k)).name for k in names} == names
     assert chip_of(jax.devices()[0]) is None

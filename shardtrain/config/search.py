@@ -1,0 +1,125 @@
+"""The best layouts of a config on hardware that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shardtrain.config.build import build, make_plan, use_no_devices
+from shardtrain.config.load import from_json, to_json
+from shardtrain.config.planning import Layout, planned
+from shardtrain.config.schema import Custom, RunConfig
+from shardtrain.errors import ConfigError
+from shardtrain.mesh import AXES, Target
+from shardtrain.models import MoEConfig
+from shardtrain.parallel.remat import POLICIES
+from shardtrain.plan.candidates import Candidate, space
+from shardtrain.plan.cost import Constants
+from shardtrain.plan.partitioned import partition
+from shardtrain.plan.plan import Plan
+from shardtrain.plan.search import Search, search
+from shardtrain.plan.sketch import Sketcher
+
+
+def search_config(
+    config: RunConfig,
+    target: Target,
+    constants: Constants,
+    *,
+    axes: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> Search:
+    """`plan.search.search` over the layouts that a config's model can have; `options` as there.
+
+    `axes`: look at meshes of these alone (and slice).
+
+    Meshes, rules, microbatches, schedules and what the backward recomputes change; global batch, sequence length,
+    model, optimizer and precision do not.
+    """
+    able = _axes(config)
+    for axis in axes:
+        if axis not in able:
+            fix = f"of {', '.join(a for a in AXES if a in able)}"
+            raise ConfigError(f"this model cannot be divided over '{axis}'", where="axes", fix=fix)
+    use_no_devices()
+    policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
+    sketchers = {remat: _sketcher(config, remat, target, constants) for remat in policies}
+    host = target.topology[-1] if target.platform == "cuda" else target.size
+    found = space(target.size // target.slices, target.slices, able, config.global_batch, host)
+    found = [c for c in found if not axes or set(c.mesh) <= {"slice", *axes}]
+    layouts = [(candidate, remat) for candidate in found for remat in policies]
+
+    def make(candidate: Candidate, remat: str | None) -> tuple[Plan, float | None]:
+        return planned(Layout(candidate, remat).of(config), target)
+
+    return search(
+        layouts, target, sketchers, make, constants=constants, notes=_notes(config), say=say, **options
+    )
+
+
+def _axes(config: RunConfig) -> set[str]:
+    axes = {"data", "fsdp", "tensor"}
+    if isinstance(config.model, MoEConfig):
+        axes |= {"expert"} | ({"context"} if config.model.capacity == 0 else set())
+    elif not isinstance(config.model, Custom):
+        axes |= {"context", "stage"}
+    return axes
+
+
+def _sketcher(config: RunConfig, remat: str | None, target: Target, constants: Constants) -> Sketcher:
+    """The model on one device of the target with one row, traced and partitioned."""
+
+    def alone(rows: int) -> Plan:
+        one = Layout(Candidate.of({}), remat).of(dataclasses.replace(config, global_batch=rows, groups=None))
+        return make_plan(one, build(one, target.one_device, data=False))
+
+    plans = alone(1), alone(2)
+    papers = partition(plans[0], target), partition(plans[1], target)
+    fields = build(config, target.one_device, data=False).batch
+    return Sketcher(plans[0], papers, fields, target, constants)
+
+
+def _notes(config: RunConfig) -> tuple[str, ...]:
+    """What a layout changes besides where things are."""
+    model: Any = config.model
+    if config.groups is None and (isinstance(model, MoEConfig) or getattr(model, "dropout", 0.0) > 0):
+        return (
+            "batch shards x microbatches are the groups of a new run, over which dropout is drawn and experts are balanced: "
+            "set groups to keep them equal between layouts",
+        )
+    return ()
+
+
+def winner(config: RunConfig, found: Search) -> RunConfig:
+    """The config in the best layout.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    if found.best is None:
+        raise ConfigError(
+            "no layout fits", where=f"target {found.target}", fix="more devices, or a smaller model"
+        )
+    return Layout(found.best.candidate, found.best.remat).of(config)
+
+
+def write_winner(config: RunConfig, found: Search, file: str | os.PathLike[str]) -> None:
+    """As a JSON file that `shardtrain train` takes.
+
+    Raises:
+        ConfigError: none fits, or the file cannot be written.
+    """
+    best = dataclasses.replace(winner(config, found), devices="auto")
+    data = to_json(best)
+    assert from_json(data) == best, "a config must survive its JSON"
+    try:
+        pathlib.Path(file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=str(file), fix="another place"
+        ) from error

@@ -1,0 +1,267 @@
+"""How long a step takes: a closed formula over what a device computes and sends.
+
+compute      sum over operations of max(FLOPs / (peak x efficiency), bytes / (HBM bandwidth x its efficiency)): a roofline
+             for each. `hbm` is what the second adds to the first.
+an axis      bytes sent over it / bandwidth of the links that it crosses, and one hop's latency per step of the rings
+             (n-1, for an all-reduce 2(n-1)). On a torus an axis has two links along each dim that it spans, one where no
+             wrap-around closes the ring; all-to-alls share links with those between, n/4 fold. On GPUs an axis that
+             leaves a host has the host's adapters of its members: k of them, for k members a host.
+overlap      a share of what batch axes and a ring over context send hides behind compute: the gathers and reductions of
+             one layer run beside the products of another. What tensor, expert and stage send is waited for.
+bubble       of the schedule as our program runs it (`parallel/timeline.py`), of compute and what is waited for.
+
+The shares are assumptions until they are measured: a file of constants (`Constants.read`) replaces any of them.
+Sources: Austin et al., How to Scale Your Model; Williams et al., Roofline (2009); figures of chips: `mesh/hardware.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from shardtrain.errors import ConfigError, suggestion
+from shardtrain.mesh import Chip, Target
+from shardtrain.mesh.build import SLOW, across_slices
+from shardtrain.parallel.stages import STAGE
+from shardtrain.plan.paper import Work
+
+HIDDEN_AXES = (*SLOW, "data", "fsdp", "context")  # what runs beside compute, if anything does
+_DTYPES = {"f8E4M3FN": "fp8", "f8E5M2": "fp8", "i8": "int8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """Shares of a chip's peaks that programs reach.
+
+    `compute`: of peak FLOP/s in large products. `hbm`, `links`: of bandwidths. `hidden`: of what can hide, the share that
+    does. `source`: where they come from. H100: 798 of 989 TFLOP/s were measured in a product of 8,192 cubed.
+    """
+
+    compute: float = 0.75
+    hbm: float = 0.8
+    links: float = 0.8
+    hidden: float = 0.8
+    source: str = "assumed"
+
+    @classmethod
+    def of(cls, target: Target, file: str | os.PathLike[str] | None = None) -> Constants:
+        """Of a target: those of its family in the file, else ours.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds something that is no share.
+        """
+        start = cls(compute=0.85) if target.platform == "tpu" else cls()
+        return start if file is None else start.read(file, target.family)
+
+    def read(self, file: str | os.PathLike[str], family: str) -> Constants:
+        """With what a file of measured constants says: `{"h100": {"compute": 0.71, "source": "..."}}`."""
+        where = f"constants {file}"
+        try:
+            data = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot be read: {error}", where=where, fix="a JSON file") from error
+        given = data.get(family, {}) if isinstance(data, dict) else None
+        if not isinstance(given, dict):
+            raise ConfigError(
+                "not an object of objects", where=where, fix='{"h100": {"compute": 0.7}}, family by family'
+            )
+        fields = [f.name for f in dataclasses.fields(self)]
+        for name, value in given.items():
+            if name not in fields:
+                raise ConfigError(
+                    f"no constant '{name}'", where=where, fix=suggestion(name, fields, "compute")
+                )
+            share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+            if name != "source" and (not share or (name != "hidden" and value == 0)):
+                raise ConfigError(f"{name} = {value!r}", where=where, fix="a share from 0 to 1, such as 0.7")
+        if not given:
+            return self
+        return dataclasses.replace(self, **{"source": f"measured, {file}", **given})
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What an axis crosses: `name` (ICI, NVLink, network, DCN), bytes/s one way out of a device, seconds a hop; `hops`:
+    how much further all-to-alls go than neighbours."""
+
+    name: str
+    bandwidth: float
+    hop_seconds: float
+    spread: float = 1.0
+
+
+def links(target: Target, mesh: Mapping[str, int]) -> dict[str, Link]:
+    """Axis -> what it crosses, for axes of more than one device. Axes are laid out as the mesh has them, inner ones on
+    neighbours. Without figures of the chip: empty."""
+    chip = target.chip
+    if chip is None:
+        return {}
+    return _torus(target, chip, mesh) if chip.links else _hosts(target, chip, mesh)
+
+
+def _hosts(target: Target, chip: Chip, mesh: Mapping[str, int]) -> dict[str, Link]:
+    found, stride, host = {}, 1, target.topology[-1]
+    for axis, n in reversed(list(mesh.items())):
+        inside = max(1, min(n, host // stride)) if stride < host else 1  # members in one host
+        if n > 1 and inside == n:
+            found[axis] = Link("NVLink", chip.ici_bandwidth, chip.ici_hop_seconds)
+        elif n > 1:
+            bandwidth = min(chip.ici_bandwidth, inside * chip.dcn_bandwidth)
+            found[axis] = Link("network", bandwidth, chip.dcn_hop_seconds)
+        stride *= n
+    return found
+
+
+def _torus(target: Target, chip: Chip, mesh: Mapping[str, int]) -> dict[str, Link]:
+    """Each axis takes whole dims of the torus where some multiply to it, inner axes first; else parts, without a ring."""
+    one = chip.ici_bandwidth / chip.links
+    left = {d: n for d, n in enumerate(target.topology)}
+    cores = target.size // target.slices // math.prod(target.topology)
+    outer = across_slices(mesh, target.slices) if target.slices > 1 else {}
+    found = {}
+    for axis, size in reversed(list(mesh.items())):
+        n = size // outer.get(axis, 1)
+        if n != size:  # the slowest of its links is what it waits for
+            found[axis] = Link("DCN", chip.dcn_bandwidth, chip.dcn_hop_seconds)
+        if n == 1:
+            continue
+        rest, bandwidth = n, 0.0
+        shared = math.gcd(rest, cores)
+        rest, cores = rest // shared, cores // shared
+        whole = next(
+            (c for k in (3, 2, 1) for c in _subsets(left, k) if math.prod(left[d] for d in c) == rest), ()
+        )
+        for d in whole:
+            bandwidth += one * (2 if _closed(target, d) else 1)
+            del left[d]
+        if not whole:
+            for d in sorted(left, key=lambda d: -math.gcd(left[d], rest)):
+                part = math.gcd(left[d], rest)
+                if part > 1:
+                    rest, left[d], bandwidth = rest // part, left[d] // part, bandwidth + one
+        if axis not in found:
+            found[axis] = Link("ICI", bandwidth or 2 * one, chip.ici_hop_seconds, max(1.0, n / 4))
+    return found
+
+
+def _subsets(left: Mapping[int, int], count: int) -> Iterable[tuple[int, ...]]:
+    return itertools.combinations([d for d, n in left.items() if n > 1], count)
+
+
+def _closed(target: Target, dim: int) -> bool:
+    """Whether links wrap around: on 3-D tori in multiples of four chips, on v5e and v6e along all sixteen."""
+    n = target.topology[dim]
+    return n % 4 == 0 if len(target.topology) == 3 else n == 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """`bytes` over `axis` in a step, by `op`, in `count` runs."""
+
+    op: str
+    axes: tuple[str, ...]
+    bytes: float
+    count: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of one step. `axes`: axis -> seconds in all; `waited`: those of them that nothing hides.
+
+    total = compute + hbm + sum(waited) + bubble. `links`: axis -> what it crosses.
+    """
+
+    compute: float
+    hbm: float
+    axes: Mapping[str, float]
+    waited: Mapping[str, float]
+    bubble: float
+    links: Mapping[str, str]
+    source: str
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.hbm + sum(self.waited.values()) + self.bubble
+
+    @property
+    def limit(self) -> str:
+        """The largest term."""
+        terms = {"compute": self.compute, "hbm": self.hbm, "bubble": self.bubble, **self.waited}
+        return max(terms, key=lambda name: terms[name])
+
+    def as_json(self) -> dict[str, Any]:
+        """Seconds; an axis by its name, all that it takes, and what of it is waited for."""
+        return {
+            "compute": self.compute,
+            "hbm": self.hbm,
+            **self.axes,
+            "bubble": self.bubble,
+            "total": self.total,
+            "waited": dict(self.waited),
+        }
+
+
+def cost(
+    target: Target,
+    mesh: Mapping[str, int],
+    work: Iterable[Work],
+    sent: Iterable[Sent],
+    bubble: float,
+    constants: Constants,
+    source: str,
+) -> Cost | None:
+    """Seconds of a step; None where no figures of the chip are known.
+
+    Args:
+        work: of one device. sent: by one device. bubble: share of the stages' time in which they wait.
+        source: of `work` and `sent`.
+    """
+    chip = target.chip
+    if chip is None:
+        return None
+    compute = hbm = 0.0
+    for w in work:
+        products = w.times * w.flops / (_peak(chip, w.dtype) * constants.compute)
+        memory = w.times * w.bytes / (chip.hbm_bandwidth * constants.hbm)
+        compute, hbm = compute + products, hbm + max(0.0, memory - products)
+    crossed = links(target, mesh)
+    seconds: dict[str, float] = {}
+    for s in sent:
+        axes = [a for a in s.axes if a in crossed]
+        if not axes or not s.bytes:
+            continue
+        link = min((crossed[a] for a in axes), key=lambda found: found.bandwidth)
+        steps = sum(mesh[a] - 1 for a in axes) * (2 if s.op == "all-reduce" else 1)
+        steps = 1 if s.op in ("collective-permute", "all-to-all") else steps
+        far = link.spread if "all-to-all" in s.op else 1.0
+        taken = s.bytes * far / (link.bandwidth * constants.links) + s.count * steps * link.hop_seconds
+        name = "+".join(s.axes)
+        seconds[name] = seconds.get(name, 0.0) + taken
+    busy = compute + hbm
+    may_hide = {a: t for a, t in seconds.items() if set(a.split("+")) <= set(HIDDEN_AXES)}
+    wanted = constants.hidden * sum(may_hide.values())
+    share = constants.hidden * min(1.0, busy / wanted) if wanted else 0.0
+    waited = {a: t * (1 - share) if a in may_hide else t for a, t in seconds.items()}
+    inside = busy + sum(t for a, t in waited.items() if a != STAGE)
+    return Cost(
+        compute=compute,
+        hbm=hbm,
+        axes=seconds,
+        waited=waited,
+        bubble=inside * bubble / (1 - bubble),
+        links={a: link.name for a, link in crossed.items()},
+        source=f"estimated: {source}; constants of {chip.name} ({constants.source})",
+    )
+
+
+def _peak(chip: Chip, dtype: str) -> float:
+    known = _DTYPES.get(dtype, dtype)
+    if known == "f32":  # by JAX's default its products run in tf32 on GPUs, in one pass of bf16 on TPUs
+        return chip.flops.get("tf32", chip.flops["bf16"])
+    return chip.flops.get(known, chip.flops["bf16"])

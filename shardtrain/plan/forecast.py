@@ -1,0 +1,366 @@
+"""What a plan's step will need and take on hardware that need not be here: memory, FLOPs, bytes, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from shardtrain.errors import CompileError, ConfigError
+from shardtrain.mesh import Target
+from shardtrain.plan import aot, hlo
+from shardtrain.plan.compiled import Memory, lower_step
+from shardtrain.plan.cost import Constants, Cost, Sent, cost
+from shardtrain.plan.minimum import minimum
+from shardtrain.plan.paper import Work
+from shardtrain.plan.partitioned import Partitioned, partition, unavailable
+from shardtrain.tree import bytes_text, flatten, table
+
+if TYPE_CHECKING:
+    from shardtrain.plan.plan import Plan
+
+FAST = {"tpu": {"optimization_level": "O0"}}  # a fifth of the time; memory is within a third of what O2 needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Bill:
+    """Bytes of one device. `parameters`, `optimizer`, `other` (keys, counters, variables) and `batch` are exact.
+
+    `gradients`: as accumulated. `saved`: activations that the backward waits for. `temporaries`: all that is made during
+    a step, gradients and saved activations included. `peak`: the most at one time, by `source`. `usable`: of the chip,
+    None where it is not known. `largest`: what is live then, and `by_module` the state of each module.
+    """
+
+    parameters: float
+    optimizer: float
+    other: float
+    batch: float
+    gradients: float
+    saved: float | None
+    temporaries: float | None
+    peak: float
+    usable: float | None
+    by_module: Mapping[str, float]
+    largest: tuple[tuple[str, float], ...]
+    source: str
+
+    @property
+    def arguments(self) -> float:
+        return self.parameters + self.optimizer + self.other + self.batch
+
+    @property
+    def fits(self) -> bool | None:
+        """None where nobody can tell: no figures of the chip, or only state was counted and that fits."""
+        if self.usable is None or (self.temporaries is None and self.peak <= self.usable):
+            return None
+        return self.peak <= self.usable
+
+    def as_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        return {**data, "arguments": self.arguments, "largest": [list(pair) for pair in self.largest]}
+
+    def __str__(self) -> str:
+        rows = [
+            (name, bytes_text(value))
+            for name in ("parameters", "optimizer", "other", "batch", "gradients", "saved", "temporaries")
+            if (value := getattr(self, name)) is not None
+        ]
+        rows += [("peak", bytes_text(self.peak))]
+        rows += [("usable", bytes_text(self.usable))] if self.usable is not None else []
+        return table(("memory", "per device"), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Of one plan on one target. `flops`: per device and step, by `source`; `model_flops`: those that MFU counts.
+
+    `refused`: what the compiler said where it did not take the program. `sent`: bytes, by whose count `sent_source` says.
+    """
+
+    target: Target
+    mesh: Mapping[str, int]
+    rules: str
+    groups: int
+    microbatches: int
+    parameters: int
+    bill: Bill
+    flops: float | None
+    model_flops: float | None
+    sent: tuple[Sent, ...]
+    cost: Cost | None
+    tokens: int
+    refused: str
+    source: str
+
+    @property
+    def fits(self) -> bool | None:
+        return False if self.refused else self.bill.fits
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one step, predicted."""
+        return None if self.cost is None else self.cost.total
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if not self.seconds else self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs of a step against what all devices could do in its time, in bf16."""
+        if not self.seconds or not self.model_flops or self.target.chip is None:
+            return None
+        return self.model_flops / (self.seconds * self.target.size * self.target.chip.flops["bf16"])
+
+    def price_per_billion(self, device_hour: float) -> float | None:
+        """Of a billion tokens, in the unit of the price."""
+        speed = self.tokens_per_second
+        return None if speed is None else 1e9 / speed / 3600 * device_hour * self.target.size
+
+    def as_json(self) -> dict[str, Any]:
+        """See the README for the keys."""
+        return {
+            "target": self.target.name,
+            "mesh": dict(self.mesh),
+            "rules": self.rules,
+            "groups": self.groups,
+            "microbatches": self.microbatches,
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "refused": self.refused or None,
+            "memory": self.bill.as_json(),
+            "flops": self.flops,
+            "model_flops": self.model_flops,
+            "collectives": [
+                {
+                    "op": s.op,
+                    "axis": "+".join(s.axes),
+                    "link": self._link(s),
+                    "count": s.count,
+                    "wire_bytes": s.bytes,
+                }
+                for s in self.sent
+            ],
+            "step_seconds": None if self.cost is None else self.cost.as_json(),
+            "step_source": None if self.cost is None else self.cost.source,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "source": self.source,
+        }
+
+    def _link(self, sent: Sent) -> str | None:
+        names = dict.fromkeys(self.cost.links[a] for a in sent.axes if self.cost and a in self.cost.links)
+        return "+".join(names) or None
+
+    def __str__(self) -> str:
+        mesh = " ".join(f"{a}={n}" for a, n in self.mesh.items())
+        verdict = {True: "fits", False: "does not fit", None: "may fit"}[self.fits]
+        parts = [
+            f"{self.target}, mesh {mesh}, rules {self.rules}, {self.microbatches} microbatches: {verdict}"
+            + (f" ({self.refused})" if self.refused else ""),
+            f"{self.bill}\nmemory: {self.bill.source}",
+        ]
+        if self.bill.largest:
+            live = [(what, bytes_text(size)) for what, size in self.bill.largest[:6]]
+            parts.append(table(("largest at the peak", "bytes"), live))
+        rows = [
+            ("+".join(s.axes), self._link(s) or "", s.op, f"{s.count:g}", bytes_text(s.bytes))
+            for s in self.sent
+        ]
+        if rows:
+            parts.append(table(("axis", "link", "collective", "runs", "sent"), sorted(rows)))
+        if self.cost is not None:
+            terms = [("compute", self.cost.compute, ""), ("HBM, over compute", self.cost.hbm, "")]
+            terms += [(a, self.cost.waited[a], f"of {t:.4g} s") for a, t in self.cost.axes.items()]
+            terms += [("bubble", self.cost.bubble, "")] if self.cost.bubble else []
+            shown = [(name, f"{t:.4g} s", more) for name, t, more in [*terms, ("step", self.cost.total, "")]]
+            speed = f"{self.tokens_per_second:,.0f} tokens/s" + (f", MFU {self.mfu:.1%}" if self.mfu else "")
+            parts.append(f"{table(('term', 'waited for', ''), shown)}\n{speed}\nseconds: {self.cost.source}")
+        return "\n\n".join(parts)
+
+
+def forecast(
+    plan: Plan,
+    target: Target,
+    *,
+    constants: Constants | None = None,
+    model_flops: float | None = None,
+    compile: str = "no",
+    timeout: float = 600,
+    paper: Partitioned | None = None,
+) -> Forecast:
+    """What a plan on the target's abstract mesh needs and takes; allocates nothing.
+
+    Args:
+        model_flops: of one step, for MFU.
+        compile: `no`, `fast` (the target's compiler at its fast level) or `full` (as production would): memory and
+            bytes are then the compiler's. Where that compiler is not installed it is `no`, and the sources say so.
+        timeout: seconds for the compiler. paper: the plan, partitioned already.
+
+    Raises:
+        CompileError: the compiler died or took too long; not that it found too little memory.
+    """
+    constants = constants or Constants.of(target)
+    paper = paper or (None if unavailable() else partition(plan, target))
+    made = _of_paper(plan, target, constants, model_flops, paper)
+    return (
+        made
+        if compile == "no" or paper is None
+        else with_compiler(made, plan, paper, constants, compile, timeout)
+    )
+
+
+def _of_paper(
+    plan: Plan, target: Target, constants: Constants, model_flops: float | None, paper: Partitioned | None
+) -> Forecast:
+    done: tuple[Work, ...]
+    if paper is None:
+        source = f"estimated, nothing was partitioned: {unavailable()}"
+        sent = tuple(Sent(t.op, t.axes, t.bytes, 1) for t in minimum(plan))
+        flops = None if model_flops is None else model_flops / target.size
+        done = (
+            () if flops is None else (Work("bf16" if plan.precision == "bf16" else "f32", flops, 0.0, 1.0),)
+        )
+    else:
+        source, flops, done = paper.source, paper.flops, paper.work
+        sent = totals(paper.collectives)
+    return Forecast(
+        target=target,
+        mesh=dict(plan.mesh.shape),
+        rules=plan.rules.name,
+        groups=plan.groups,
+        microbatches=plan.microbatches,
+        parameters=plan.parameter_count,
+        bill=bill(plan, target, paper, source),
+        flops=flops,
+        model_flops=model_flops,
+        sent=sent,
+        cost=cost(target, plan.mesh.shape, done, sent, bubble(plan), constants, source) if done else None,
+        tokens=_tokens(plan),
+        refused="",
+        source=source,
+    )
+
+
+def totals(collectives: hlo.Collectives) -> tuple[Sent, ...]:
+    """By axis and kind."""
+    found: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for c in collectives:
+        if c.axes:
+            found[c.op, c.axes][0] += c.wire_bytes
+            found[c.op, c.axes][1] += c.count
+    return tuple(Sent(op, axes, wire, count) for (op, axes), (wire, count) in found.items())
+
+
+def bubble(plan: Plan) -> float:
+    """Share of their time in which stages wait, as the program runs; 0 without stages."""
+    return 0.0 if plan.pipeline is None else plan.pipeline.timeline().bubble
+
+
+def _tokens(plan: Plan) -> int:
+    fields = flatten(plan.batch)
+    return math.prod(fields["tokens"].shape) if "tokens" in fields else plan.global_batch
+
+
+def bill(plan: Plan, target: Target, paper: Partitioned | None, source: str) -> Bill:
+    """State exactly, from its specs; what a step makes from the partitioned program."""
+    kinds: dict[str, float] = defaultdict(float)
+    modules: dict[str, float] = defaultdict(float)
+    for path, leaf in flatten(plan.abstract_state).items():
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        owner = max((p for p in plan.leaves if f"/{path}".endswith(f"/{p}")), key=len, default="")
+        kind = path.split("/")[0]
+        kinds[{"params": "parameters", "opt_state": "optimizer"}.get(kind, "other")] += size
+        modules[owner.split("/")[0] or "other"] += size
+    gradients = 0.0
+    for path in flatten(plan.abstract_state.params):
+        leaf = plan.leaves[path]
+        spec = jax.sharding.NamedSharding(plan.mesh, leaf.gradient)
+        gradients += math.prod(spec.shard_shape(leaf.shape)) * 4
+    fields = jax.tree.leaves(plan.batch)
+    batch = sum(
+        math.prod(plan.field_sharding(x.ndim).shard_shape(x.shape)) * x.dtype.itemsize for x in fields
+    )
+    state = sum(kinds.values()) + batch
+    chip = target.chip
+    return Bill(
+        parameters=kinds["parameters"],
+        optimizer=kinds["optimizer"],
+        other=kinds["other"],
+        batch=batch,
+        gradients=gradients,
+        saved=None if paper is None else paper.live.saved,
+        temporaries=None if paper is None else paper.temporaries,
+        peak=state + gradients if paper is None else state + paper.temporaries,
+        usable=None if chip is None else chip.usable_bytes,
+        by_module=dict(modules),
+        largest=()
+        if paper is None
+        else tuple((f"{b.what} {b.source}".strip(), b.bytes) for b in paper.live.buffers[:12]),
+        source=source,
+    )
+
+
+def with_compiler(
+    made: Forecast, plan: Plan, paper: Partitioned, constants: Constants, level: str, timeout: float
+) -> Forecast:
+    """With memory and bytes as the target's compiler has them; as it was where that compiler is not installed."""
+    target = made.target
+    try:
+        lowered = lower_for(plan, target)
+    except ConfigError as error:
+        return dataclasses.replace(made, source=f"{made.source}; not compiled: {error.message}")
+    return of_program(made, compile_lowered(lowered, made, level, timeout), paper, constants, plan)
+
+
+def lower_for(plan: Plan, target: Target) -> Any:
+    """The step on stand-ins for the target's devices, ready for its compiler.
+
+    Raises:
+        ConfigError: that compiler is not installed.
+    """
+    there = plan.on(aot.mesh_for(target, plan.mesh.shape))
+    return lower_step(there, target.platform).compiler_ir("stablehlo")
+
+
+def compile_lowered(lowered: Any, made: Forecast, level: str, timeout: float) -> aot.Program | CompileError:
+    """The program, or that its compiler found too little memory.
+
+    Raises:
+        CompileError: anything else.
+    """
+    options = FAST.get(made.target.platform) if level == "fast" else None
+    try:
+        return aot.compile_for(lowered, made.target, made.mesh, options, timeout=timeout)
+    except CompileError as error:
+        if error.message.startswith("does not fit"):
+            return error
+        raise
+
+
+def of_program(
+    made: Forecast, program: aot.Program | CompileError, paper: Partitioned, constants: Constants, plan: Plan
+) -> Forecast:
+    """The forecast with the compiler's memory and bytes in it."""
+    if isinstance(program, CompileError):
+        return dataclasses.replace(
+            made, refused=program.message, source=f"{made.source}; refused by its compiler"
+        )
+    memory = Memory(program.memory)
+    sent = made.sent
+    if made.target.platform != "cpu":  # which sends in float32 what others send in bf16
+        sent = totals(hlo.read(program.as_text(), made.mesh).collectives)
+    new = dataclasses.replace(
+        made.bill, temporaries=memory["temporaries"], peak=memory["peak"], source=program.source
+    )
+    return dataclasses.replace(
+        made,
+        bill=new,
+        sent=sent,
+        cost=cost(made.target, made.mesh, paper.work, sent, bubble(plan), constants, program.source),
+        source=program.source,
+    )
