@@ -10,7 +10,7 @@ from shardtrain.mesh import CHIPS
 
 
 def test_plan_for_hardware_that_is_not_here(config, as_json, shardtrain, monkeypatch):
-    """Every key of the contract; no text is read. Failed once with the tokenizer trained first."""
+    """Every key of the contract; no text is read. The fault in mind: the tokenizer trained first."""
     monkeypatch.setattr("shardtrain.config.build.build_text", lambda config: pytest.fail("text was read"))
     code, found = as_json("plan", config, "--target", "h100:1x8", "--compile", "no", "--price", "2")
     keys = "target mesh rules fits memory flops collectives step_seconds tokens_per_second mfu source"
@@ -56,7 +56,7 @@ def test_several_targets(config, as_json):
 
 
 def test_search_writes_what_train_takes(config, as_json, tmp_path):
-    """The winner differs from the config in its layout alone. Failed once with the global batch of the sketch."""
+    """The winner differs from the config in its layout alone. The fault in mind: the global batch of the sketch."""
     file = tmp_path / "best.json"
     few = ["--axes", "data,fsdp", "--partitions", "2", "--compiles", "0"]
     code, found = as_json("search", config, "--target", "h100:1x8", *few, "--write", file)

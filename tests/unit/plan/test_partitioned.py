@@ -44,7 +44,7 @@ LAYOUTS = [
 def test_equals_the_compiled_program(name, model):
     """FLOPs to 0.1%, arguments exactly, bytes sent by axis, temporaries roughly.
 
-    Failed once with bodies of loops counted once (all), and once with a stage's branches taken in every tick (stage2).
+    Failed once with a stage's branches taken more often than they are.
     """
     paper = on_paper(name, model)
     step = planned(name, st.make_mesh(**Candidate.parse(name).mesh), model).compile()
@@ -64,7 +64,7 @@ def test_equals_the_compiled_program(name, model):
 def test_fused_attention_is_counted():
     """On NVIDIA the scores are inside a kernel: half of them under a causal mask, in two products forward and five back.
 
-    Failed once with the stand-in's FLOPs not divided over tensor.
+    The fault in mind: the stand-in's FLOPs not divided over tensor.
     """
     model = dataclasses.replace(GPT, heads=4, remat="none")
     target = st.Target("h100:1x8")
@@ -112,7 +112,7 @@ def test_a_thousand_devices():
 
 
 def test_says_what_is_missing(monkeypatch):
-    """Failed once with an AttributeError from inside."""
+    """The fault in mind: an AttributeError from inside."""
     monkeypatch.setattr(partitioned, "_MISSING", "this jaxlib has no passmanager")
     with pytest.raises(st.errors.CompileError, match="no passmanager"):
         on_paper("data8")

@@ -90,7 +90,7 @@ def test_indivisible_is_dropped_with_the_reason(sketcher):
 def test_what_is_too_big_loses(sketcher, monkeypatch):
     """State alone over the device's memory drops a layout; a peak on paper over it cannot win.
 
-    Failed once with the fastest that did not fit as the best.
+    The fault in mind: the fastest that does not fit as the best.
     """
     chip = st.Target("h100:1x8").chip
     entries = {n: room._sketched(Candidate.parse(n), None, sketcher, None) for n in ("data8", "fsdp8")}
