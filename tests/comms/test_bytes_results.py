@@ -74,3 +74,11 @@ def test_bytes_do_not_depend_on_microbatches(layout):
 def test_the_readme_has_the_table():
     """The fault in mind: results made again, and the old table left in the README."""
     assert (RESULTS / "bytes.md").read_text().strip() in (ROOT / "README.md").read_text()
+
+
+def test_programs_do_not_grow():
+    """As `benchmarks/compiling.py` kept it: with layers not at all, from 8 to 256 devices by at most half."""
+    growth = json.loads((RESULTS / "compiling.json").read_text())["growth"]
+    assert {name.split(":")[0] for name in growth} >= {"v5e, tensor=1", "h100, tensor=4", "v5e", "h100"}
+    for name, factor in growth.items():
+        assert factor <= (1.05 if "lines" in name else 1.25 if "layers" in name else 1.5), name
