@@ -212,7 +212,7 @@ def _certified(
             future.set_exception(error)
         sure = _with(best, future, papers, constants, "certified")
         left = [sure if e is best else e for e in left]
-        if sure.tier == "certified" and sure.fits:
+        if sure.tier == "certified" and sure.fits is not False:
             return left, sure
 
 

@@ -75,6 +75,18 @@ def test_search_writes_what_train_takes(config, as_json, tmp_path):
     assert new.model.remat == best["remat"] and json.loads(file.read_text())["devices"] == "auto"
 
 
+@pytest.mark.slow
+def test_search_compiles(config, as_json):
+    """The winner is certified by a compiler in another process, and its numbers are that compiler's.
+
+    Failed once: where a chip's memory is not known nobody was certified.
+    """
+    few = ["--axes", "data", "--partitions", "1", "--compiles", "1"]
+    code, found = as_json("search", config, "--target", "cpu:8", *few)
+    assert code == 0 and found["best"]["tier"] == "certified"
+    assert "compiled by jaxlib" in found["best"]["source"] and found["counts"]["compiled"] == 1
+
+
 WRONG = {
     "no such family": (["--target", "h900:1x8"], "h900"),
     "shape": (["--target", "h100:8"], "2 dims|has 2"),
