@@ -1,7 +1,6 @@
 """Digests of files: a CRC-32 of every 64 MiB.
 
-Measured on the machine of `benchmarks/results/checkpoint.json`: SHA-256 reads 1.3 to 1.7 GiB/s on one core and would
-add up to a fifth to a background save, CRC-32 3 to 4 GiB/s. CRC-32 sees every flip of one bit, of two within a
+Of one core (`benchmarks/results/checkpoint.json`): SHA-256 1.5 GiB/s, CRC-32 2.9. CRC-32 sees every flip of one bit, of two within a
 chunk (its period is 512 MiB, hence chunks), and every burst up to 32 bits; other damage, such as another file in
 the place of this one, goes unseen once in 2^32. What SHA-256 would add is a defence against somebody who forges files;
 that one can write a new manifest as well.
