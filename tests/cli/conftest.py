@@ -39,22 +39,29 @@ def shared(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def config_in(shared):
+    """Writes the config in a folder, with an output folder beside it: `FILE.py:tiny`."""
+
+    def write(folder):
+        text = CONFIG.replace("{text}", str(shared / "text.txt")).replace("{cache}", str(shared / "cache"))
+        (folder / "my_config.py").write_text(text.replace("{output}", str(folder / "run")))
+        return f"{folder / 'my_config.py'}:tiny"
+
+    return write
+
+
 @pytest.fixture
-def config(shared, tmp_path):
+def config(config_in, tmp_path):
     """`FILE.py:tiny` with an output folder of its own."""
-    file = tmp_path / "my_config.py"
-    text = CONFIG.replace("{text}", str(shared / "text.txt")).replace("{cache}", str(shared / "cache"))
-    file.write_text(text.replace("{output}", str(tmp_path / "run")))
-    return f"{file}:tiny"
+    return config_in(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def trained(shared, tmp_path_factory):
+def trained(config_in, tmp_path_factory):
     """One run, on the config's mesh."""
     folder = tmp_path_factory.mktemp("trained")
-    text = CONFIG.replace("{text}", str(shared / "text.txt")).replace("{cache}", str(shared / "cache"))
-    (folder / "c.py").write_text(text.replace("{output}", str(folder / "run")))
-    assert main(["train", f"{folder / 'c.py'}:tiny"]) == 0
+    assert main(["train", config_in(folder)]) == 0
     return folder / "run"
 
 

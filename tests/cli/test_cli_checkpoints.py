@@ -50,16 +50,12 @@ def test_verify(run, as_json, shardtrain):
 
 
 @pytest.fixture(scope="module")
-def halves(shared, tmp_path_factory):
+def halves(config_in, tmp_path_factory):
     """A run of six steps, and the same one as it was at step 3."""
-    from conftest import CONFIG
-
     from shardtrain.cli import main
 
     folder = tmp_path_factory.mktemp("halves")
-    text = CONFIG.replace("{text}", str(shared / "text.txt")).replace("{cache}", str(shared / "cache"))
-    (folder / "c.py").write_text(text.replace("{output}", str(folder / "run")))
-    command = ["train", f"{folder / 'c.py'}:tiny", "--optimizer.decay", "constant", "--eval-every", "0"]
+    command = ["train", config_in(folder), "--optimizer.decay", "constant", "--eval-every", "0"]
     for name, steps in (("whole", 6), ("half", 3)):
         assert main([*command, "--steps", str(steps), "--output", str(folder / name)]) == 0
     return folder

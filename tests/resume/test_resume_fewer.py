@@ -18,7 +18,7 @@ MODEL = (
 
 
 def head(model, x, batch):
-    each = jnp.square(x @ model["out"] - batch["y"]).mean(-1)
+    each = jnp.square(x @ model.params["out"] - batch["y"]).mean(-1)
     ids = batch["id"].astype(jnp.float32)
     return st.Loss(
         each.sum(), jnp.float32(each.size), {"ids": (ids.sum(), 1.0), "squares": ((ids**2).sum(), 1.0)}
