@@ -281,7 +281,10 @@ class Checkpointer:
         try:
 
             def make() -> None:
-                folder.discard(self.path, step)
+                for left in folder.unfinished(self.path):
+                    folder.discard(
+                        self.path, left
+                    )  # one that failed may have been written to after it was discarded
                 place.mkdir(parents=True)
 
             agreement.on_first(make)

@@ -69,12 +69,13 @@ def steps(plan, state, count):
 
 @pytest.fixture(scope="module")
 def reference():
-    return steps(plan_on({"data": 1}), plan_on({"data": 1}).init(0), 5)[1]
+    plan = plan_on({"data": 1})
+    return steps(plan, plan.init(0), 5)[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fewer_and_fewer(layout, tmp_path, reference):
-    """Failed when a leaf was saved as bfloat16, and when the cursor was left at 0."""
+    """The faults in mind: a leaf saved as bfloat16, and a cursor left at 0."""
     first, *others = LAYOUTS[layout]
     plan = plan_on(first)
     with st.Checkpointer(tmp_path) as checkpointer:

@@ -141,7 +141,7 @@ def test_arrays_that_orbax_refuses(two_steps, monkeypatch):
 
 def test_a_damaged_step_is_passed_over_and_set_aside(two_steps, caplog):
     """One loud line, the older step bit for bit, nothing removed. Failed when the newest was restored unread, and
-    when retention counted the damaged step among those it keeps."""
+    when the damaged step was removed."""
     path, plan = two_steps
     data = largest(path / "2" / "arrays")
     flip(data)
@@ -295,7 +295,7 @@ st.fit(
 
 
 def test_a_quota_that_is_reached_and_raised(tmp_path):
-    """Training goes on and says what it could not keep; nothing is left over; later saves are whole. Failed when the
+    """Training goes on and says what it could not keep; nothing is left over; later saves are whole. The fault in mind: the
     metrics' OSError ended the run."""
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],

@@ -70,7 +70,7 @@ def test_readers_do_not_ask(tmp_path):
 
 
 def test_closing_lets_go_even_of_a_failed_save(tmp_path, monkeypatch):
-    """Failed when the lock was released only after a wait that raised."""
+    """The fault in mind: the lock was released only after a wait that raised."""
     from shardtrain.checkpoint import folder
 
     plan = FakePlan(mesh_of(fsdp=2))

@@ -476,8 +476,8 @@ def test_a_save_that_fails_does_not_end_the_training(caplog):
 
 @pytest.mark.parametrize(("bad", "stops_at"), [(range(100), 5), ([1, 2, 3, 4, 6, 7, 8, 9], None)])
 def test_saves_that_go_on_failing_end_it(bad, stops_at):
-    """Five in a row; failures in the background are told one call later, as the Checkpointer does. Failed when a save
-    that had begun was taken for one that is on disk, and when the count was never set back."""
+    """Five in a row; failures in the background are told one call later, as the Checkpointer does. The faults in mind: a save
+    that had begun was taken for one that is on disk, and a count that was never set back."""
 
     class Background(Checkpoints):
         broken = False
@@ -500,7 +500,7 @@ def test_saves_that_go_on_failing_end_it(bad, stops_at):
 
 
 def test_metrics_that_cannot_be_written_do_not_end_the_training(monkeypatch):
-    """One line at the first, one at the end; the file is opened anew. Failed when OSError came out of the loop."""
+    """One line at the first, one at the end; the file is opened anew. The fault in mind: OSError came out of the loop."""
 
     class Full(Writer):
         closed = 0
