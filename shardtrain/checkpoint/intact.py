@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from shardtrain.checkpoint import agreement, digests, folder, manifest
-from shardtrain.checkpoint.listing import place_of
+from shardtrain.checkpoint.listing import steps_of
 from shardtrain.errors import CheckpointError
 
 log = logging.getLogger("shardtrain")
@@ -26,15 +26,7 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> dict[str, A
     Raises:
         CheckpointError: no such folder, or no (such) step in it.
     """
-    place = place_of(path)
-    there = folder.steps(place)
-    if not there or (step is not None and step not in there):
-        raise CheckpointError(
-            "no checkpoint here" if step is None else f"no step {step} here",
-            where=str(place),
-            why=f"steps: {', '.join(map(str, there)) or 'none'}",
-            fix="check the path" if not there else "choose one of them",
-        )
+    place, there = steps_of(path, step)
     entries: list[dict[str, Any]] = []
     for number in there if step is None else [step]:
         problems = problems_of(place, number)

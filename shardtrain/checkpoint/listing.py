@@ -48,6 +48,19 @@ def inspect(path: str | os.PathLike[str], step: int | None = None) -> dict[str, 
     Raises:
         CheckpointError: there is no such step, or its manifest is damaged.
     """
+    place, found = steps_of(path, step)
+    step = found[-1] if step is None else step
+    target = folder.step_folder(place, step)
+    size = sum(folder.files(target).values())
+    return {**manifest.read(place, step), "path": str(target), "committed": True, "bytes": size}
+
+
+def steps_of(path: str | os.PathLike[str], step: int | None = None) -> tuple[Path, list[int]]:
+    """The folder of checkpoints that `path` means, and its steps, among them `step`.
+
+    Raises:
+        CheckpointError: no such folder, or no (such) step in it.
+    """
     place = place_of(path)
     found = folder.steps(place)
     if not found or (step is not None and step not in found):
@@ -57,10 +70,7 @@ def inspect(path: str | os.PathLike[str], step: int | None = None) -> dict[str, 
             why=f"steps: {', '.join(map(str, found)) or 'none'}",
             fix="check the path" if not found else "choose one of them",
         )
-    step = found[-1] if step is None else step
-    target = folder.step_folder(place, step)
-    size = sum(folder.files(target).values())
-    return {**manifest.read(place, step), "path": str(target), "committed": True, "bytes": size}
+    return place, found
 
 
 def place_of(path: str | os.PathLike[str]) -> Path:

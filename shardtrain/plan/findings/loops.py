@@ -71,23 +71,29 @@ def _findings(
 
 def _arrival(program: hlo.Program, c: hlo.Collective) -> tuple[str, list[str]]:
     """Where the result can be used first. TPUs hide a collective behind others: a fusion starts it, others hold pieces of
-    it, all on one channel; the one that ends it gives the result."""
-    caller, channel = _caller(program, c.computation), _channel(_instruction(program, c.computation, c.name))
-    if caller is None or not channel:
+    it, and the one that ends it gives the result. Followed from the start: others may share its channel and its shape."""
+    caller, piece = _caller(program, c.computation), _piece(_instruction(program, c.computation, c.name))
+    if caller is None or not piece[0]:
         return c.computation, [c.name]
-    ends = [
-        i.name
+    holds = {
+        i.name: any(_piece(j) == piece for j in program.computations.get(i.attribute("calls") or "", ()))
         for i in program.computations[caller[0]]
-        if i.op == "fusion"
-        and not i.result.startswith("(")
-        and any(_channel(j) == channel for j in program.computations.get(i.attribute("calls") or "", ()))
-    ]
+    }
+    users, way = Body(program, caller[0]).users, [caller[1]]
+    for instruction in way:
+        way += [
+            user
+            for user in users.get(instruction.name, [])
+            if user not in way and (user.op == "get-tuple-element" or holds[user.name])
+        ]
+    ends = [i.name for i in way if holds[i.name] and not i.result.startswith("(")]
     return (caller[0], ends) if ends else (c.computation, [c.name])
 
 
-def _channel(instruction: hlo.Instruction) -> str:
+def _piece(instruction: hlo.Instruction) -> tuple[str, float]:
+    """Channel and bytes, which all pieces of a collective share."""
     found = re.search(r"channel_id=(\d+)", instruction.rest)
-    return found.group(1) if found else ""
+    return (found.group(1) if found else ""), hlo.size(instruction.result)
 
 
 def _accumulated(program: hlo.Program, where: str, names: list[str]) -> bool:
