@@ -152,7 +152,7 @@ def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:
 
     c = here.candidate
     for times in (4, 16):
-        yield f"{c.microbatches * times} microbatches", change(microbatches=c.microbatches * times)
+        yield f"--microbatches {c.microbatches * times}", change(microbatches=c.microbatches * times)
     if here.remat not in (None, "full"):
         yield "remat full", lambda layout: dataclasses.replace(layout, remat="full")
     if c.mesh.get("tensor", 1) > 1 and c.rules in ("tensor", "fsdp_tensor"):

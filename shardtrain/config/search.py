@@ -15,6 +15,7 @@ from shardtrain.config.planning import Layout, planned
 from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import AXES, Target
+from shardtrain.mesh.build import SLOW
 from shardtrain.models import MoEConfig
 from shardtrain.parallel.remat import POLICIES
 from shardtrain.plan.candidates import Candidate, space
@@ -37,7 +38,7 @@ def search_config(
 ) -> Search:
     """`plan.search.search` over the layouts that a config's model can have; `options` as there.
 
-    `axes`: look at meshes of these alone (and slice). `layouts`: at these alone.
+    `axes`: look at meshes of these alone (and across slices). `layouts`: at these alone.
 
     Meshes, rules, microbatches, schedules and what the backward recomputes change; global batch, sequence length,
     model, optimizer and precision do not.
@@ -72,7 +73,7 @@ def layouts_for(
     host = target.topology[-1] if target.platform == "cuda" else target.size
     found = space(target.size // target.slices, target.slices, able, config.global_batch, host)
     policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
-    return [(c, remat) for c in found if not axes or set(c.mesh) <= {"slice", *axes} for remat in policies]
+    return [(c, remat) for c in found if not axes or set(c.mesh) <= {*SLOW, *axes} for remat in policies]
 
 
 def _axes(config: RunConfig) -> set[str]:
