@@ -252,10 +252,10 @@ class _Walk:
 
 
 def _inner(eqn: Any) -> Any:
-    """The jaxpr that a call, checkpoint or custom rule stands for."""
+    """The jaxpr that a call, checkpoint or custom rule stands for; a kernel's is of blocks, and not looked into."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         found = eqn.params.get(key)
-        if found is not None and eqn.primitive.name != "scan":
+        if found is not None and eqn.primitive.name not in ("scan", "pallas_call"):
             return getattr(found, "jaxpr", found)
     if eqn.primitive.name == "cond":
         return getattr(eqn.params["branches"][-1], "jaxpr", None)
