@@ -111,7 +111,8 @@ class _Kernel:
         kernel, ids = self._splash(q, tuple(segments))
         given = {n: kernel.kwargs[n] for n in _GIVEN}
 
-        def one(q: Any, k: Any, v: Any, out: Any, sums: Any, gradient: Any, ids: Any) -> Any:
+        def one(*arrays: Any) -> Any:
+            q, k, v, out, sums, gradient, ids = arrays
             kept = (q, k, v, ids, None, out, sums, kernel.dq_mask_info, kernel.dkv_mask_info)
             # Private: what `jax.grad` of the kernel calls. Its own rule does not know the axes that its results vary over.
             return kernels._splash_attention_bwd(res=kept, do=gradient, **given)[3:6]
@@ -131,7 +132,7 @@ class _Kernel:
         mask: Any = (masks.CausalMask if self.causal else masks.FullMask)((length, length))
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * q.shape[2]),
-            block_sizes=kernels.BlockSizes(*[block] * 8),
+            block_sizes=kernels.BlockSizes(**dict.fromkeys(_BLOCKS, block)),  # type: ignore[arg-type]
             head_shards=1,
             q_seq_shards=1,
             interpret=self.interpret,
@@ -147,7 +148,17 @@ class _Kernel:
         return tuple(jax.ffi.ffi_call(f"attention_{products}_products", made)(*arrays, flops=np.int64(flops)))
 
 
-_GIVEN = (
+_BLOCKS = (
+    "block_q",
+    "block_kv",
+    "block_kv_compute",
+    "block_q_dkv",
+    "block_kv_dkv",
+    "block_kv_dkv_compute",
+    "block_q_dq",
+    "block_kv_dq",
+)
+_GIVEN = (  # of `_splash_attention_bwd`
     "save_residuals",
     "mask_value",
     "is_mqa",
@@ -198,8 +209,6 @@ def _on_parts(function: Callable[..., Any], specs: Any, takes: str, gives: str) 
     if specs is None or layout is None or layout.mesh is None:
         return function
     free = {a for a in layout.mesh.shape if a not in layout.manual}
-    if not free:
-        return function
     q, kv = specs
     part = lambda *dims: PartitionSpec(*(q[d] if len(q) > d else None for d in dims))  # noqa: E731
     of = {"q": q, "k": kv, "v": kv, "s": part(0, 2, 1), "r": part(0, 1)}

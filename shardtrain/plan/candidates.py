@@ -174,7 +174,7 @@ def space(devices: int, slices: int, axes: Iterable[str], rows: int, host: int) 
                 if over:
                     continue
                 for fsdp in sorted(_divisors(rest), reverse=True):
-                    sizes = {"data": rest // fsdp, "fsdp": fsdp, **dict(zip(chosen, split, strict=True))}
+                    sizes = dict(zip(("data", "fsdp", *chosen), (rest // fsdp, fsdp, *split), strict=True))
                     for outer in _across(sizes, slices, axes):
                         found |= dict.fromkeys(_with_options(sizes | outer, rows))
     return list(found)
