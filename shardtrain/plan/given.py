@@ -173,16 +173,23 @@ class Seen:
 
 
 def watch(
-    loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules, mesh: AnyMesh | None = None
+    loss: Any,
+    params: Any,
+    model_state: Any,
+    batch: Any,
+    rules: Rules,
+    mesh: AnyMesh | None = None,
+    quant: str | None = None,
 ) -> Seen:
     """Trace the loss once on shapes alone; finds its mistakes early.
 
     Raises:
         ShardingError: a constraint that cannot be on this mesh, with the user's line.
+        ConfigError: `quant`, and a model without a product that can be rounded.
     """
     sizes = {} if mesh is None else dict(mesh.shape)
     manual = frozenset() if mesh is None else frozenset(rules.manual_axes(mesh))
-    seen = context.Layout(mesh=None, activations=rules.activations, manual=manual, sizes=sizes)
+    seen = context.Layout(mesh=None, activations=rules.activations, manual=manual, sizes=sizes, quant=quant)
     with context.use(seen), naming_lines():
         jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
             params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
@@ -205,6 +212,13 @@ def watch(
             where="model",
             why="what mixes tokens in another way would see only the tokens of its own device",
             fix=f"st.attention(q, k, v) in the model, or {divided[0]}=1",
+        )
+    if quant is not None and not seen.products:
+        raise ConfigError(
+            f"'{quant}', and no product of this model can be rounded",
+            where="quant",
+            why="rounded are the attention and MLP of shardtrain.models; a product of your own is not seen as one",
+            fix="no quant, and qwix inside the model itself",
         )
     used = uses(jaxpr.jaxpr, [*flatten(params), *flatten(model_state.get(FROZEN, {}))])
     rows = collections.Counter[str]()

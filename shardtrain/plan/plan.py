@@ -42,7 +42,7 @@ class Plan:
 
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
     `leaves`: path of a parameter -> shape, logical axes, spec. `seen`: what the first trace told.
-    `groups`, `microbatches`: see `plan`. `kept`: dtype of parameters at rest, None: the model's. `pipeline`: where the
+    `groups`, `microbatches`, `quant`: see `plan`. `kept`: dtype of parameters at rest, None: the model's. `pipeline`: where the
     mesh has stages. `again`: the same plan on another mesh.
     """
 
@@ -54,6 +54,7 @@ class Plan:
     microbatches: int
     groups: int
     precision: str
+    quant: str | None
     kept: Any
     batch: Any
     global_batch: int
@@ -241,6 +242,7 @@ class Plan:
                 frozenset(self.tables),
                 sequence=self.sequence_axes,
                 attention=self.attention,
+                quant=self.quant,
             ),
             batch_axes=self._batch_axes,
             sequence_axes=self.sequence_axes,
@@ -370,6 +372,7 @@ class Plan:
             "microbatches": self.microbatches,
             "global_batch": self.global_batch,
             "precision": self.precision,
+            **({"quant": self.quant} if self.quant else {}),
             "parameters": self.parameter_count,
             "state_bytes_per_device": self.state_bytes,
             "versions": {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__},

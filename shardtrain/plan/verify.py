@@ -28,6 +28,7 @@ import optax
 from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import make_mesh
 from shardtrain.parallel.precision import dtype_of, wide
+from shardtrain.parallel.quantised import check_quant
 from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.given import batch_spec
 from shardtrain.plan.make import plan
@@ -50,8 +51,22 @@ BOUNDS = {
     "f64": Bounds(1e-12, 1, 1, float(np.finfo(np.float64).eps)),
     "f32": Bounds(1e-5, 1, 10, float(np.finfo(np.float32).eps)),
     "bf16": Bounds(5e-2, 0.1, 1, float(jnp.finfo(jnp.bfloat16).eps)),
+    "int8": Bounds(3e-2, 0.1, 1, float(np.finfo(np.float32).eps)),
+    "fp8": Bounds(1e-1, 0.1, 1, float(np.finfo(np.float32).eps)),
 }
-"""By precision. In 16 bits two orders of a sum differ by as much as a small fault: a bound on sanity alone."""
+"""By precision. In 16 bits two orders of a sum differ by as much as a small fault: a bound on sanity alone.
+
+In 8 bits (`quant`) a last bit can move a value to its neighbour, layer after layer: two layouts may come to differ by as
+much as both do from float32, 1.3% (int8) and 5% (fp8) of a gradient's norm on a small GPT. In f64 no bit is near enough to
+move one, so there the bound is that of f64."""
+
+
+def bounds_of(precision: str, quant: str | None) -> Bounds:
+    """Of a comparison in this precision, with products in 8 bits or None."""
+    bounds = BOUNDS[precision]
+    if quant is None or precision == "f64":
+        return bounds
+    return dataclasses.replace(max(bounds, BOUNDS[quant], key=lambda b: b.gradients), eps=bounds.eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +153,7 @@ def verify(
     groups: int = 1,
     seed: int = 0,
     precision: str = "f32",
+    quant: str | None = None,
     tolerance: float | None = None,
     devices: Sequence[Any] | None = None,
     say: Callable[[Compared], None] | None = None,
@@ -151,9 +167,9 @@ def verify(
         layouts: names such as `data2-fsdp4` or `tensor8+tensor_sequence`; see `plan.candidates`.
         steps: of the comparison.
         groups: at least so many, as in a config; each layout takes the next multiple of its batch shards x microbatches.
-        precision: of the comparison, see `st.plan`; "f64" needs JAX's 64 bits.
-        tolerance: of gradients; default 1e-12 in f64, 1e-5 in f32, 0.05 in bf16. Losses and norms within it (in bf16 a
-            tenth of it) over 10 steps and ten times that after; parameters and optimizer state within it (in f32 ten
+        precision, quant: of the comparison, see `st.plan`; "f64" needs JAX's 64 bits.
+        tolerance: of gradients; default 1e-12 in f64, 1e-5 in f32, 0.05 in bf16, 0.03 in int8, 0.1 in fp8. Losses and
+            norms within it (in bf16 and 8 bits a tenth of it) over 10 steps and ten times that after; parameters and optimizer state within it (in f32 ten
             times it).
         devices: defaults to all; the reference runs on the first.
         say: called with each result as it comes.
@@ -166,7 +182,8 @@ def verify(
     """
     here = list(jax.devices() if devices is None else devices)
     dtype_of("precision", precision)
-    bounds = BOUNDS[precision]
+    check_quant(quant, {}, ())
+    bounds = bounds_of(precision, quant)
     if tolerance is not None:
         bounds = dataclasses.replace(bounds, gradients=tolerance)
     wanted = [Candidate.parse(c) if isinstance(c, str) else c for c in layouts]
@@ -184,6 +201,7 @@ def verify(
             mesh=make_mesh(devices=use, **sizes),
             groups=count,
             precision=precision,
+            quant=quant,
             **options,
             **more,
         )
@@ -217,7 +235,9 @@ def verify(
         results.append(one(candidate))
         if say is not None:
             say(results[-1])
-    text = f"one device with the same groups, {steps} steps, {precision}"
+    text = (
+        f"one device with the same groups, {steps} steps, {precision}{f', {quant} products' if quant else ''}"
+    )
     return Verification(tuple(results), text, bounds.gradients)
 
 
