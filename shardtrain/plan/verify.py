@@ -169,8 +169,8 @@ def verify(
         groups: at least so many, as in a config; each layout takes the next multiple of its batch shards x microbatches.
         precision, quant: of the comparison, see `st.plan`; "f64" needs JAX's 64 bits.
         tolerance: of gradients; default 1e-12 in f64, 1e-5 in f32, 0.05 in bf16, 0.03 in int8, 0.1 in fp8. Losses and
-            norms within it (in bf16 and 8 bits a tenth of it) over 10 steps and ten times that after; parameters and optimizer state within it (in f32 ten
-            times it).
+            norms within it (in bf16 and 8 bits a tenth of it) over 10 steps and ten times that after; parameters and
+            optimizer state within it (in f32 ten times it).
         devices: defaults to all; the reference runs on the first.
         say: called with each result as it comes.
 
