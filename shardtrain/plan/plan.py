@@ -23,14 +23,15 @@ from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
 from shardtrain.plan.given import (
     Seen,
+    group_choices,
     group_loss,
 )
-from shardtrain.plan.model import Model, initial
+from shardtrain.plan.model import FROZEN, VARIABLES, Model, initial
 from shardtrain.plan.staged import part_functions
 from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.state import TrainState, cursor_words
-from shardtrain.train.step import StepParts, evaluate_step, field_spec, gradients, train_step
+from shardtrain.train.step import StepParts, choices, evaluate_step, field_spec, gradients, train_step
 from shardtrain.tree import flatten
 
 log = logging.getLogger("shardtrain")
@@ -276,6 +277,17 @@ class Plan:
             self._parts(train=True), state.params, state.model_state, state.key, state.step, batch
         )
         return jax.tree.map(lambda g: g / scalars[1], grads), scalars[0] / scalars[1]
+
+    def choices(self, state: TrainState, batch: Any) -> jax.Array | None:
+        """int32 [rows, tokens, ...]: what routers decide for each token in this step; to be traced. None of a model without
+        them, and of a pipeline."""
+        choose, given = group_choices(self.adapter, self.loss_fn), self.abstract_state.model_state
+        if choose is None or self.pipeline is not None:
+            return None
+        rest = given.get(FROZEN, {}), given.get(VARIABLES, {}), jax.random.key(0), self.group_batch
+        if jax.eval_shape(choose, self.abstract_state.params, *rest) is None:
+            return None
+        return batches.natural(self, choices(self._parts(train=True), choose, state, batch))
 
     def compile(
         self,

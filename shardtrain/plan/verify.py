@@ -8,6 +8,9 @@ compute, but for the order in which sums are rounded. Compared are, over the sam
 - loss and global gradient norm of every step;
 - every parameter and optimizer leaf after the last step.
 
+Of a model with experts those choices of the first step are counted that went to another expert than on one device: a near
+tie that rounding decides otherwise is a difference of its own, and no tolerance is meant for it.
+
 Differences are norms of the difference. Gradients are held against the leaf's own norm, with a floor at the rounding
 of the global norm: some are zero in theory (a key bias of attention), and their own relative error is noise over noise.
 Parameters and optimizer state are held against the global norm. Held by tests/parity/test_verify.py.
@@ -72,7 +75,8 @@ def bounds_of(precision: str, quant: str | None) -> Bounds:
 @dataclasses.dataclass(frozen=True)
 class Compared:
     """One layout against one device. Differences are relative; `first_difference` names the first leaf over its
-    tolerance, or says why the layout cannot be."""
+    tolerance, or says why the layout cannot be. `flips`: of the choices of experts in the first step, by token, layer and
+    place, those that the reference did not make; None of a model that makes none, and of a pipeline."""
 
     layout: str
     mesh: dict[str, int]
@@ -84,6 +88,7 @@ class Compared:
     gradients: float | None
     parameters: float | None
     optimizer: float | None
+    flips: int | None
     equal: bool | None
     first_difference: str | None
     seconds: float
@@ -111,12 +116,14 @@ class Verification:
 
     def __str__(self) -> str:
         number = lambda x: "" if x is None else f"{x:.1e}"  # noqa: E731
+        plain = all(c.flips is None for c in self.layouts)
         verdict = {True: "equal", False: "DIFFERS", None: "cannot be"}
         rows = [
             (
                 c.layout,
                 verdict[c.equal],
                 *(number(x) for x in (c.gradients, c.loss, c.grad_norm, c.parameters, c.optimizer)),
+                *([] if plain else ["" if c.flips is None else str(c.flips)]),
                 c.first_difference or "",
             )
             for c in self.layouts
@@ -129,6 +136,7 @@ class Verification:
             "grad norm",
             "parameters",
             "optimizer",
+            *([] if plain else ["flips"]),
             "first difference",
         )
         count = sum(c.equal is not None for c in self.layouts)
@@ -208,7 +216,9 @@ def verify(
 
     def one(candidate: Candidate) -> Compared:
         start = time.monotonic()
-        blank: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "gradients", "parameters", "optimizer"))
+        blank: dict[str, Any] = dict.fromkeys(
+            ("loss", "grad_norm", "gradients", "parameters", "optimizer", "flips")
+        )
         more = candidate.options
         asked, common = more.pop("microbatches"), (candidate.name, candidate.mesh, candidate.rules)
         try:
@@ -261,6 +271,7 @@ class _Trained:
     norms: np.ndarray
     params: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]
+    choices: np.ndarray | None = None
 
 
 def _record() -> optax.GradientTransformation:
@@ -280,6 +291,7 @@ def _train(made: Plan, batches: Sequence[Any], steps: int, seed: int) -> _Traine
     step, state = made.compile(), made.init(seed)
     whole = lambda tree: jax.device_get(flatten(tree))  # noqa: E731
     first: dict[str, np.ndarray] = {}
+    choices = chosen(made, state, batches[0])
     losses, norms = [], []
     for index in range(steps):
         batch = batches[index % len(batches)]
@@ -296,7 +308,22 @@ def _train(made: Plan, batches: Sequence[Any], steps: int, seed: int) -> _Traine
         np.array(norms),
         whole(state.params),
         {k: v for k, v in whole(state.opt_state[1:]).items() if np.issubdtype(v.dtype, np.floating)},
+        choices,
     )
+
+
+def chosen(made: Plan, state: Any, batch: Any) -> np.ndarray | None:
+    """int [rows, tokens, layers, k]: the experts that each token takes in the step from this state; rows by group."""
+    rows = jax.tree.map(lambda x: np.asarray(x)[made.rows], batch)
+    found = jax.jit(made.choices)(state, made.put(rows))
+    return None if found is None else np.asarray(found)
+
+
+def flips(ours: np.ndarray | None, reference: np.ndarray | None) -> int | None:
+    """How many choices [..., k] are of an expert that is not among the reference's."""
+    if ours is None or reference is None:
+        return None
+    return int((ours[..., :, None] != reference[..., None, :]).all(-1).sum())
 
 
 def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, Any]:
@@ -318,6 +345,9 @@ def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, A
     ]
     # Not "greater than": a difference that is no number is one too.
     first = next((text for text, d, limit in checks if not d <= limit), None)
+    went = flips(ours.choices, reference.choices)
+    if first is not None and went:
+        first += f"; {went} choices went to another expert"
     worst = lambda values: float(np.max(list(values), initial=0.0))  # noqa: E731
     return {
         "loss": worst(loss),
@@ -325,6 +355,7 @@ def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, A
         "gradients": worst(gradients.values()),
         "parameters": worst(params.values()),
         "optimizer": worst(optimizer.values()),
+        "flips": went,
         "equal": first is None,
         "first_difference": first,
     }
