@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from shardtrain.parallel.attention import KEYS, QUERIES
 from shardtrain.parallel.expert import OF_EXPERTS, SENT
 from shardtrain.parallel.lookup import LOOKED_UP
+from shardtrain.parallel.precision import wide
 from shardtrain.parallel.quantised import PRODUCT
 from shardtrain.plan.lines import equation_line
 from shardtrain.plan.model import FROZEN, VARIABLES
@@ -37,7 +38,7 @@ class Edge:
     `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
     scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens). Queries, and keys (with
     values), of attention, and experts, what goes to them (`path` is empty): what a divided sequence, and an exchange
-    of tokens, have to move. `scales`: bytes of a float32 for each of its rows, of an edge at a product that
+    of tokens, have to move. `scales`: bytes of a scalar for each of its rows, of an edge at a product that
     can be rounded.
     """
 
@@ -238,7 +239,8 @@ class _Walk:
             rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
             # Of what goes through experts, each token crosses once.
             share = weight.tokens / rows if weight.tokens else 1
-            scales = 4.0 * times * rows if weight.rounded else 0.0
+            scalar = float(jnp.dtype(wide(eqn.outvars[0].aval)).itemsize)
+            scales = scalar * times * rows if weight.rounded else 0.0
             if weight.divided & contracted[side]:
                 sent = times * share * _bytes(eqn.outvars[0])
                 self.edges.append(Edge("output", weight.path, sent, True, scales))
@@ -249,7 +251,7 @@ class _Walk:
                     sent = times * share * _bytes(eqn.invars[other])
                     self.edges.append(Edge("input", weight.path, sent, False, scales))
                 if weight.divided & weight.vocab:
-                    self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
+                    self.edges.append(Edge("head", weight.path, times * rows * scalar, True))
 
     def _lookup(self, eqn: Any, weight: _Weight, times: int) -> None:
         self.uses.setdefault(weight.path, set()).add("lookup" if weight.marked else "gather")
