@@ -184,6 +184,28 @@ def gradients(
     return grads, scalars.sum(axis=0), new, names[0]
 
 
+def choices(parts: StepParts, choose: Callable[..., Any], state: TrainState, batch: Any) -> jax.Array:
+    """`choose(params, frozen, variables, key, rows) -> [rows, tokens, ...]` of every group, with what this step's loss
+    would get; [rows, tokens, ...] as devices hold them."""
+
+    def local(
+        params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
+    ) -> Any:
+        params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
+
+        def one(xs: Any) -> jax.Array:
+            group_rng = group_key(jax.random.wrap_key_data(key), step, xs[0])
+            whole = _whole(parts, params), _whole(parts, frozen)
+            return choose(*whole, model_state.get("variables", {}), group_rng, xs[1])
+
+        made = jax.lax.map(one, (groups, _rows(batch, parts)))
+        return made.reshape(-1, *made.shape[2:])
+
+    outs = field_spec(2, parts.batch_axes, parts.sequence_axes)
+    run = _on_devices(parts, local, outs)
+    return run(state.params, state.model_state, state.key, state.step, batch)
+
+
 def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     """`local(params, model_state, key, step, group ids, rows)` on every device's own rows and shards."""
 
