@@ -8,6 +8,7 @@ from typing import Any
 from shardtrain.mesh import Target
 from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.forecast import Forecast
+from shardtrain.plan.picture import fragment
 from shardtrain.plan.sketch import Sketch
 from shardtrain.tree import bytes_text, table
 
@@ -143,12 +144,16 @@ class Search:
             "objective": self.objective,
             "candidates": [e.as_json() for e in shown],
             "best": None if self.best is None else self.best.as_json(),
+            "winner": self.best.forecast.as_json() if self.best and self.best.forecast else None,
             "pareto": [e.name for e in self.pareto()],
             "counts": {tier: self.count(tier) for tier in TIERS},
             "words": self.words(),
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
+
+    def _repr_html_(self) -> str:
+        return fragment(self.as_json())
 
     def text(self, top: int = 5) -> str:
         """A table of the best, and what became of the others."""
