@@ -200,6 +200,9 @@ def reason(entry: Entry, best: Entry | None) -> str:
             entry.forecast.refused
             or f"does not fit: {bytes_text(bill.peak)} of {bytes_text(bill.usable or 0)}"
         )
+    usable = best.forecast.bill.usable if best is not None and best.forecast else None
+    if entry.forecast is None and usable is not None and (entry.peak or 0.0) > usable:
+        return f"sketched too big: {bytes_text(entry.peak or 0.0)} of {bytes_text(usable)}"
     if best is None or not entry.seconds or not best.seconds:
         return ""
     text = f"{entry.seconds / best.seconds:.2f} x the time"

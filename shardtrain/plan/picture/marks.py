@@ -11,7 +11,7 @@ WIDE, NARROW = (
     920,
     400,
 )  # pixels: every picture is drawn for both, the page shows the one that there is room for
-LETTER = 6.6  # width of a letter of 12 pixels, on the safe side
+LETTER, BOLD = 7.2, 8.0  # width of a letter of 12 pixels, on the safe side
 _VOID = ("input", "meta")
 _TIERS = {"counted": "compiled"}
 
@@ -89,7 +89,7 @@ def seconds_text(value: float | None) -> str:
     if value is None:
         return "-"
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:,.0f} {unit}"
     return "0 s" if not value else f"{value / 1e-9:.3g} ns"
 
@@ -110,9 +110,9 @@ def number_text(value: float) -> str:
     return f"{value:,}"
 
 
-def fitted(words: str, width: float) -> str:
+def fitted(words: str, width: float, letter: float = LETTER) -> str:
     """As much of a text as has room; nothing where that says nothing."""
-    most = int(width / LETTER)
+    most = int(width / letter)
     return words if len(words) <= most else f"{words[: most - 1]}…" if most >= 6 else ""
 
 
@@ -120,7 +120,7 @@ def steps(low: float, high: float, logarithmic: bool, most: int) -> list[float]:
     """Round numbers between two, for an axis."""
     if logarithmic:
         tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for some in ((1, 2, 5), (1, 3), (1,)):
+        for some in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
             found = [m * 10.0**t for t in tens for m in some if low <= m * 10.0**t <= high]
             if len(found) <= most:
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from shardtrain.plan.picture.marks import both, escape, fitted, svg, tag, text
+from shardtrain.plan.picture.marks import BOLD, both, escape, fitted, svg, tag, text
 from shardtrain.tree import bytes_text
 
 STEP = "made during the step"
@@ -85,7 +85,7 @@ def _part(part: str, total: float, peak: float, pieces: Sequence[tuple[str, floa
     x, y, width, height = box
     kind = part.split(" ", maxsplit=1)[0]
     title = f"{part}: {bytes_text(total)}, {total / peak:.1%} of the peak"
-    name = fitted(f"{part} {bytes_text(total)}", width - 12) if height > 24 else ""
+    name = fitted(f"{part} {bytes_text(total)}", width - 12, BOLD) if height > 24 else ""
     room = 20.0 if name else 2.0
     drawn = [tag("rect", x=x, y=y, width=width, height=height, class_=f"part {kind}", data_detail=title)]
     if name:

@@ -88,9 +88,10 @@ class Browser:
             self.problems.append(found.get("exception", {}).get("description") or found["text"])
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.problems.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and params["request"]["url"] != self.address:
-            if not params["request"]["url"].startswith("data:"):
-                self.problems.append(f"asked for {params['request']['url']}")
+        elif method == "Network.requestWillBeSent":
+            asked = params["request"]["url"]
+            if asked != self.address and not asked.startswith("data:"):
+                self.problems.append(f"asked for {asked}")
 
     async def _until(self, event: str) -> None:
         while event not in self.events:
