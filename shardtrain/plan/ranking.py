@@ -142,6 +142,7 @@ class Search:
         return {
             "target": self.target.name,
             "objective": self.objective,
+            "usable": self.target.chip.usable_bytes if self.target.chip else None,
             "candidates": [e.as_json() for e in shown],
             "best": None if self.best is None else self.best.as_json(),
             "winner": self.best.forecast.as_json() if self.best and self.best.forecast else None,

@@ -138,9 +138,10 @@ def _facts(found: Found) -> str:
             "products",
             flops_text(found["flops"]),
             "a device and step",
-            found.get("flops_source") or found["source"],
+            found["flops_source"],
         )
         if found.get("flops")
+        and found.get("flops_source")  # without a target they are the model's, of all devices
         else None,
     ]
     cards = "".join(
@@ -213,7 +214,7 @@ def _step(found: Found, seconds: Found | None) -> str:
 def _search(found: Found) -> str:
     rows, best, front = found["candidates"], found["best"], found["pareto"]
     counts = found["counts"]
-    usable = (found.get("winner") or {}).get("memory", {}).get("usable")
+    usable = found["usable"]
     words = [found["words"], *found["notes"]]
     reached = ", ".join(f"{counts[t]:,} {t}" for t in ("sketched", "partitioned", "compiled", "certified"))
     words.append(

@@ -39,7 +39,7 @@ def test_what_follows_the_formula_is_found(latency, bandwidth, hops):
 @pytest.mark.parametrize(("latency", "bandwidth"), [(2e-4, 1e9), (1e-6, 4.5e11)])
 def test_one_of_four_may_be_anything(place, factor, latency, bandwidth):
     """The other three give the constants exactly, the largest size among those that may be wrong. Failed once as least
-    squares, and once as a median of slopes, of which three in six are wrong.
+    squares; a median of slopes would fail too, of which three in six are wrong.
     """
     points = timings(latency, bandwidth)
     points[place] = points[place]._replace(seconds=factor * points[place].seconds)
@@ -166,7 +166,7 @@ def test_eight_devices(monkeypatch, tmp_path):
 def test_each_chain_is_the_collective_that_it_is_called(op):
     """As many of its kind in the compiled program as the chain is long, over all eight devices: none merged or left out.
 
-    Failed once without the barrier, where the compiler saw that a sum of sums is one sum.
+    The fault in mind: a compiler that sees that a sum of sums is one sum.
     """
     from jax.sharding import PartitionSpec
 
