@@ -110,11 +110,19 @@ def _plan(found: Found) -> str:
         sections.append(_section("Where every parameter lives", rows, EXACT))
     if found.get("ways_to_fit"):
         ways = [
-            (w["change"], w["layout"], bytes_text(w["peak"]), seconds_text(w["step_seconds"]), _from(w))
+            (
+                w["change"],
+                w["layout"],
+                bytes_text(w["peak"]),
+                bytes_text(w["saves"]),
+                seconds_text(w["step_seconds"]),
+                "-" if w["costs"] is None else seconds_text(w["costs"]),
+                Markup(label(w["source"])),
+            )
             for w in found["ways_to_fit"]
         ]
-        header = ("change", "layout", "peak", "step", "tier")
-        sections.append(_section("To make it fit", table(header, ways, right=(2, 3)), ""))
+        header = ("change", "layout", "peak", "saves", "step", "costs", "tier")
+        sections.append(_section("To make it fit", table(header, ways, right=(2, 3, 4, 5)), ""))
     return "".join(sections)
 
 
@@ -148,7 +156,7 @@ def _facts(found: Found) -> str:
         tag(
             "div",
             tag("dt", f"{escape(name)} {label(where)}")
-            + tag("dd", tag("b", escape(value)) + tag("small", escape(more))),
+            + tag("dd", tag("b", escape(value), class_=_wrong(value)) + tag("small", escape(more))),
         )
         for name, value, more, where in filter(None, shown)
     )
@@ -156,6 +164,10 @@ def _facts(found: Found) -> str:
         f", {found['microbatches']} microbatches" if found.get("microbatches", 1) > 1 else ""
     )
     return tag("p", escape(words), class_="words") + tag("dl", cards, class_="facts")
+
+
+def _wrong(value: str) -> str | None:
+    return "wrong" if value == _verdict(False) else None
 
 
 def _verdict(fits: bool | None) -> str:
@@ -234,10 +246,6 @@ def _search(found: Found) -> str:
     winner = found.get("winner")
     after = tag("h2", f"The winner: {escape(best['layout'])}") + _plan(winner) if winner and best else ""
     return _section("Layouts", shown, "") + after
-
-
-def _from(row: Found) -> Markup:
-    return Markup(label(row["source"]))
 
 
 def _said(*sources: str) -> str:

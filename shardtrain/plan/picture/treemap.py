@@ -108,7 +108,9 @@ def _part(part: str, total: float, peak: float, pieces: Sequence[tuple[str, floa
                 data_detail=detail,
             )
         )
-        words = fitted(what, w - 10) if h > 18 and len(pieces) > 1 else ""
+        whole = fitted(what, w - 10) == what
+        words = what if whole else fitted(what.rsplit("/", maxsplit=1)[-1], w - 10)
+        words = words if h > 18 and len(pieces) > 1 else ""
         if words:
             drawn.append(text(a + 5, b + 14, words, class_="on"))
             if h > 34 and fitted(bytes_text(size), w - 10) == bytes_text(size):

@@ -143,7 +143,17 @@ def test_names_are_text(plan, layouts):
     plan["memory"]["largest"][0][0] = NASTY
     plan["memory"]["held"]["parameters"] = {NASTY: plan["memory"]["parameters"]}
     plan["source"] = plan["memory"]["source"] = f"partitioned {NASTY}"
-    plan["ways_to_fit"] = [{"change": NASTY, "layout": NASTY, "peak": 1, "step_seconds": 1, "source": NASTY}]
+    plan["ways_to_fit"] = [
+        {
+            "change": NASTY,
+            "layout": NASTY,
+            "peak": 1,
+            "saves": 1,
+            "step_seconds": 1,
+            "costs": None,
+            "source": NASTY,
+        }
+    ]
     plan["collectives"][0]["op"] = plan["collectives"][0]["link"] = NASTY
     layouts["candidates"][0]["layout"] = layouts["candidates"][1]["why"] = layouts["words"] = NASTY
     for drawn in (page(plan, NASTY), page(layouts, NASTY), fragment(plan), fragment(layouts)):
