@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from shardtrain.errors import DependencyError, LaunchError, ShardTrainError
 
@@ -74,11 +75,11 @@ def made(names: Sequence[str] = ()) -> Mapping[str, bytes]:
     }
 
 
-def _name(x509: object, name: str) -> object:
+def _name(x509: Any, name: str) -> Any:
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))  # type: ignore[attr-defined]
+        return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
-        return x509.DNSName(name)  # type: ignore[attr-defined]
+        return x509.DNSName(name)
 
 
 def make(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> None:
