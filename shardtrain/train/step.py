@@ -156,8 +156,9 @@ def gradients(
         params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
         variables = model_state.get("variables", {})
         if parts.pipeline is not None:
-            grads, scalars = _pipelined(parts, params, frozen, (key, step, groups), batch, names, train=True)
-            new = variables
+            grads, (scalars, new) = _pipelined(
+                parts, params, frozen, variables, (key, step, groups), batch, names, train=True
+            )
         else:
             grads, scalars, new = _over_groups(
                 lambda group, rows: one_group(params, frozen, variables, key, step, group, rows),
@@ -237,9 +238,17 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
 
 
 def _pipelined(
-    parts: StepParts, params: Any, frozen: Any, keys: Any, batch: Any, names: list[Any], *, train: bool
+    parts: StepParts,
+    params: Any,
+    frozen: Any,
+    variables: Any,
+    keys: Any,
+    batch: Any,
+    names: list[Any],
+    *,
+    train: bool,
 ) -> Any:
-    """Gradients and scalars of this stage's part of all groups that its batch shard holds."""
+    """Gradients, and scalars and new variables, of this stage's part of all groups that its batch shard holds."""
     assert parts.pipeline is not None and parts.functions is not None
     key, step, groups = keys
 
@@ -253,10 +262,12 @@ def _pipelined(
         parts.functions,
         params,
         frozen,
+        variables,
         whole=lambda tree: _whole(parts, tree),
         rng=lambda i: group_key(jax.random.wrap_key_data(key), step, groups[i]),
         rows=_rows(batch, parts),
         scalars=scalars,
+        last=lambda path: _merges(path, flatten(variables)[path], parts) == "last",
         axes=parts.axes,
         train=train,
         masked=bool(parts.sequence_axes) and parts.layout.attention == "ring",
@@ -312,6 +323,8 @@ def _merge(total: jax.Array, path: str, old: jax.Array, parts: StepParts) -> jax
     how, axes = _merges(path, old, parts), parts.axes
     copies = parts.groups * math.prod(parts.mesh.shape[a] for a in parts.sequence_axes)
     if how == "last":
+        if parts.pipeline is not None:  # of the last stage; the others have none
+            total, axes = jax.lax.psum(total, STAGE), tuple(a for a in axes if a != STAGE)
         return jax.lax.pmax(total, axes) if axes else total
     total = jax.lax.psum(total, axes) if axes else total
     if how == "sum":
@@ -386,7 +399,8 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
             return scalars
 
         if parts.pipeline is not None:
-            return _pipelined(parts, params, frozen, (key, step, groups), batch, names, train=False)[1][None]
+            keys = key, step, groups
+            return _pipelined(parts, params, frozen, variables, keys, batch, names, train=False)[1][0][None]
         return _over_groups(one, groups, batch, parts)[None]
 
     run = _on_devices(parts, local, PartitionSpec(parts.axes or None))
