@@ -111,11 +111,9 @@ class LanguageModel(nnx.Module):
         """Normalised hidden states [B, T, D] of what leaves the last block, and what the model adds to the loss."""
         return self.final_norm(x), None
 
-    def choices(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array | None:
-        """int32 [B, T, ...]: what a model with routers decides for each token; None of others."""
-        return None
+    def with_choices(self, x: Any) -> Any:
+        """What `enter` made, with room for what routers decide, where there are any."""
+        return x
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
@@ -169,20 +167,22 @@ def _cross_entropy(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss
     return Loss(total, batch["weights"].sum())
 
 
-class _LanguageLoss(Stages):
-    def choices(self, model: Any, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array | None:
-        """What the model decides for each token of the group in a call of this loss, see `LanguageModel.choices`."""
-        model.begin()
-        return model.choices(batch["tokens"], key=_key(model, rngs), segments=batch.get("segments"))
+def _embed_to_choose(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> Any:
+    return model.with_choices(_embed(model, batch, rngs))
 
 
-language_model_loss = _LanguageLoss(
-    _embed,
-    _block,
-    _head,
+def _chosen(model: LanguageModel, x: Any, batch: Batch) -> Loss:
+    told = {"choices": jnp.moveaxis(x.told.chosen, 0, 2)} if isinstance(x, Travelling) else {}
+    return Loss(0.0, 0.0, told)
+
+
+_PARTS: dict[str, Any] = dict(
     keys=lambda model, rngs: _keys(model, rngs)[1],
     remat=lambda model: model.config.remat,
     begin=lambda model: model.begin(),
+)
+language_model_loss = Stages(
+    _embed, _block, _head, **_PARTS, choices=Stages(_embed_to_choose, _block, _chosen, **_PARTS)
 )
 """`(model, batch, rngs)`: weighted sum of next-token cross-entropies in nats, and the sum of the weights.
 

@@ -264,13 +264,9 @@ class MoE(LanguageModel):
         }
         return self.final_norm(x.x_BTD), Auxiliary(loss if learns else jnp.zeros_like(loss), metrics)
 
-    def choices(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """int32 [B, T, layers, k]: the experts that each token of this group takes."""
-        told = self._run(tokens_BT, key, segments, None, 0)[2]
-        assert told.chosen is not None
-        return jnp.moveaxis(told.chosen, 0, 2)
+    def with_choices(self, x: Travelling) -> Travelling:
+        shape = (*x.x_BTD.shape[:2], self.config.chosen)
+        return Travelling(x.x_BTD, x.told.with_choices(shape, x.x_BTD))
 
     def _run(
         self, tokens_BT: jax.Array, key: Any, segments: Any, cache: Any, position: Any

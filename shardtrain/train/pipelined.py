@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from shardtrain.parallel import pipeline
 from shardtrain.parallel.groups import Loss
 from shardtrain.parallel.pipeline import Pipeline, Work
-from shardtrain.parallel.precision import widen
+from shardtrain.parallel.precision import wide, widen
 from shardtrain.tree import flatten
 
 
@@ -40,23 +40,23 @@ def pipelined(
     whole: Callable[[Any], Any],
     rng: Callable[[jax.Array], jax.Array],
     rows: Any,
-    scalars: Callable[[Loss], jax.Array],
+    told: Callable[[Loss, jax.Array], Any],
     last: Callable[[str], bool],
     axes: tuple[str, ...],
     train: bool,
     masked: bool,
 ) -> tuple[Any, tuple[jax.Array, Any]]:
-    """Gradients of all groups of this batch shard, their scalars, and the variables that they leave.
+    """Gradients of all groups of this batch shard, what is told of their losses, and the variables that they leave.
 
     Args:
         params, frozen: this stage's, as they arrive in the manual region, held leaves gathered.
         whole: makes a tree of parameters what the loss sees. rng: microbatch -> its group's key.
-        rows: leaves [microbatches, rows, ...]. scalars: of a loss, as one vector. last: whether of the variable at a path
-            the last microbatch's counts, not the sum.
+        rows: leaves [microbatches, rows, ...]. told: `(loss, microbatch) -> arrays`, which are added up.
+        last: whether of the variable at a path the last microbatch's counts, not the sum.
         masked: all stages run everything, see `parallel/pipeline.py`.
 
     Returns:
-        `(gradients, (vector, variables))`, float32 or wider. All are this stage's part of a sum over `stage`; gradients of a
+        `(gradients, (told, variables))`, float32 or wider. All are this stage's part of a sum over `stage`; gradients of a
         stack that is divided over `stage` are whole. None in place of the gradients without `train`.
     """
     shared, stack = _parted(pipe, params)
@@ -80,14 +80,12 @@ def pipelined(
 
     def head(shared: Any, i: jax.Array, x: Any) -> tuple[jax.Array, Any]:
         loss, new = functions.head(*model(shared, one(stack)), rng(i), row(i), x)
-        vector, count = scalars(loss), jax.tree.leaves(rows)[0].shape[0]
+        count = jax.tree.leaves(rows)[0].shape[0]
         kept = [
             jnp.where(i == count - 1, v, 0) if last(path) else widen(v) for path, v in flatten(new).items()
         ]
-        return jnp.asarray(loss.sum, vector.dtype), (
-            vector,
-            jax.tree.unflatten(jax.tree.structure(new), kept),
-        )
+        total = jnp.asarray(loss.sum)
+        return total.astype(wide(total)), (told(loss, i), jax.tree.unflatten(jax.tree.structure(new), kept))
 
     work = Work(embed, piece, head)
     d_shared, d_stack, total = pipeline.run(

@@ -157,7 +157,7 @@ def gradients(
         variables = model_state.get("variables", {})
         if parts.pipeline is not None:
             grads, (scalars, new) = _pipelined(
-                parts, params, frozen, variables, (key, step, groups), batch, names, train=True
+                parts, params, frozen, variables, (key, step, groups), batch, _named(names), train=True
             )
         else:
             grads, scalars, new = _over_groups(
@@ -185,21 +185,33 @@ def gradients(
     return grads, scalars.sum(axis=0), new, names[0]
 
 
-def choices(parts: StepParts, choose: Callable[..., Any], state: TrainState, batch: Any) -> jax.Array:
-    """`choose(params, frozen, variables, key, rows) -> [rows, tokens, ...]` of every group, with what this step's loss
-    would get; [rows, tokens, ...] as devices hold them."""
+def choices(parts: StepParts, state: TrainState, batch: Any) -> jax.Array:
+    """The metric `choices` [rows, tokens, ...] of every group, in the forward of this step, as devices hold them.
+
+    `parts.loss` and `parts.functions`: of `Stages.choices`.
+    """
 
     def local(
         params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
     ) -> Any:
         params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
+        variables, count = model_state.get("variables", {}), groups.shape[0]
 
         def one(xs: Any) -> jax.Array:
             group_rng = group_key(jax.random.wrap_key_data(key), step, xs[0])
             whole = _whole(parts, params), _whole(parts, frozen)
-            return choose(*whole, model_state.get("variables", {}), group_rng, xs[1])
+            return parts.loss(*whole, variables, group_rng, xs[1])[0].metrics["choices"]
 
-        made = jax.lax.map(one, (groups, _rows(batch, parts)))
+        def at(loss: Loss, i: jax.Array) -> jax.Array:
+            made = loss.metrics["choices"]
+            return varying(jnp.zeros((count, *made.shape), made.dtype), parts.axes).at[i].set(made)
+
+        if parts.pipeline is not None:
+            keys = key, step, groups
+            found = _pipelined(parts, params, frozen, variables, keys, batch, at, train=False)[1][0]
+            made = jax.lax.psum(found, STAGE)  # the last stage has them
+        else:
+            made = jax.lax.map(one, (groups, _rows(batch, parts)))
         return made.reshape(-1, *made.shape[2:])
 
     outs = field_spec(2, parts.batch_axes, parts.sequence_axes)
@@ -237,6 +249,17 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
     return run
 
 
+def _named(names: list[tuple[str, ...]]) -> Callable[[Loss, jax.Array], jax.Array]:
+    """The scalars of a loss; the names of its metrics go into the list."""
+
+    def scalars(loss: Loss, _: jax.Array) -> jax.Array:
+        vector, metric_names = _scalars(loss)
+        names.append(metric_names)
+        return vector
+
+    return scalars
+
+
 def _pipelined(
     parts: StepParts,
     params: Any,
@@ -244,19 +267,13 @@ def _pipelined(
     variables: Any,
     keys: Any,
     batch: Any,
-    names: list[Any],
+    told: Callable[[Loss, jax.Array], Any],
     *,
     train: bool,
 ) -> Any:
-    """Gradients, and scalars and new variables, of this stage's part of all groups that its batch shard holds."""
+    """Gradients, and what is `told` of each loss and new variables, of this stage's part of all groups that its batch shard holds."""
     assert parts.pipeline is not None and parts.functions is not None
     key, step, groups = keys
-
-    def scalars(loss: Loss) -> jax.Array:
-        vector, metric_names = _scalars(loss)
-        names.append(metric_names)
-        return vector
-
     return pipelined(
         parts.pipeline,
         parts.functions,
@@ -266,7 +283,7 @@ def _pipelined(
         whole=lambda tree: _whole(parts, tree),
         rng=lambda i: group_key(jax.random.wrap_key_data(key), step, groups[i]),
         rows=_rows(batch, parts),
-        scalars=scalars,
+        told=told,
         last=lambda path: _merges(path, flatten(variables)[path], parts) == "last",
         axes=parts.axes,
         train=train,
@@ -400,7 +417,9 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
 
         if parts.pipeline is not None:
             keys = key, step, groups
-            return _pipelined(parts, params, frozen, variables, keys, batch, names, train=False)[1][0][None]
+            return _pipelined(parts, params, frozen, variables, keys, batch, _named(names), train=False)[1][
+                0
+            ][None]
         return _over_groups(one, groups, batch, parts)[None]
 
     run = _on_devices(parts, local, PartitionSpec(parts.axes or None))

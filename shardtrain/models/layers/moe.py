@@ -45,9 +45,14 @@ class Routed:
         zeros = lambda *shape: alike(jnp.zeros((layers, *shape), wide(like)), like)[0]  # noqa: E731
         return Routed(zeros(), zeros(), zeros(experts), zeros(), None)
 
+    def with_choices(self, shape: tuple[int, ...], like: jax.Array) -> Routed:
+        """With room for the choices [B, T, k] of each layer, which have no gradient: for a forward alone."""
+        room = alike(jnp.zeros((self.balance.size, *shape), jnp.int32), like)[0]
+        return dataclasses.replace(self, chosen=room)
+
     def after(self, before: Routed) -> Routed:
         """What the layers before told, and this one at the end: after all layers it stands in their order."""
-        mine = dataclasses.replace(self, chosen=None)
+        mine = self if before.chosen is not None else dataclasses.replace(self, chosen=None)
         return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), before, mine)
 
 
