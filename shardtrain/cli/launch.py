@@ -25,11 +25,12 @@ from shardtrain.errors import ConfigError, suggestion
 from shardtrain.launch import engines, local
 from shardtrain.launch.job import PROFILES, Job, read_profile
 from shardtrain.train.inject import parse
+from shardtrain.watch import parse_silence
 
 STARTS_ANOTHER = True
 KINDS = ("local", *engines.ENGINES)
 _NUMBERS = ("hosts", "devices_per_process", "max_restarts", "grace")  # of both
-_LOCAL = ("processes", "elastic", "output_logs", "host", "inject", "host_index", "coordinator")
+_LOCAL = ("processes", "elastic", "output_logs", "host", "inject", "silence", "host_index", "coordinator")
 _BOTH = ("mtls",)
 _TEXTS = ("name", "accelerator", "partition", "account", "time", "image")
 _LISTS = {"mount": "mounts", "setup": "setup", "flag": "flags"}
@@ -60,6 +61,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-logs", type=pathlib.Path, metavar="DIR", help="also write DIR/process-N.log")
     add("--host", metavar="ADDRESS", help="where the coordinator listens (default 127.0.0.1)")
     add("--inject", metavar="FAULT", help="such as kill@step=12:process=1; also stop, term, hang, slow, nan")
+    add(
+        "--silence",
+        metavar="PHASE=SECONDS",
+        help="data=60,alive=30: longer counts as stuck; learnt by default",
+    )
     add("--host-index", type=int, metavar="I", help="which of --hosts this is")
     add("--coordinator", metavar="HOST:PORT", help="the first host, where there are several")
     add = parser.add_argument_group("clusters").add_argument
@@ -101,6 +107,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _local(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     parse(options.inject or "")
+    parse_silence(options.silence or "")
     given = {n: getattr(options, n) for n in (*_NUMBERS, *_BOTH, *_LOCAL) if getattr(options, n) is not None}
     asked = local.Local(
         command=command_of(options.other, sys.executable),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from jax.sharding import Mesh
 
 from shardtrain.checkpoint import Checkpointer, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
-from shardtrain.mesh import AnyMesh, chip_of, device_of
+from shardtrain.errors import ConfigError
+from shardtrain.launch.record import started_again
+from shardtrain.mesh import AnyMesh, chip_of, device_of, gathered, service_board
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
 from shardtrain.parallel.presets import fsdp_tensor
 from shardtrain.plan.make import plan
@@ -27,6 +30,7 @@ from shardtrain.train.hooks import as_hook
 from shardtrain.train.inject import injected
 from shardtrain.train.loop import Stopped, run_loop
 from shardtrain.train.state import TrainState
+from shardtrain.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +190,19 @@ def fit_plan(
             checkpoints = stack.enter_context(
                 Checkpointer(path / "checkpoints", every=checkpoint_every or None, keep=keep, config=config)
             )
+        # after the lock: two runs must not count in one folder
+        watch = stack.enter_context(
+            Watch(jax.process_index(), path, service=service_board(), again=started_again())
+        )
+        watch.phase("compile", 0)
         compiled = made.compile()
+        watch.program = _same_program(compiled.lowered)
         if on_plan is not None:
             on_plan(made, compiled)
+        watch.phase("restore", 0)
         state = made.init(seed) if checkpoints is None else checkpoints.restore_or_init(made, seed)
         first = int(state)
+        watch.ledger.resumed(first)
         lead = jax.process_index() == 0  # one process writes and shows; all compute
         all_writers: list[Any] = list(writers) if lead else []
         if path is not None and lead:
@@ -202,6 +214,7 @@ def fit_plan(
             stack.callback(writer.close)
         earlier = read_jsonl(path / "metrics.jsonl") if path is not None and lead else []
         last_evaluated = _agreed(max((r["step"] for r in earlier if "eval_loss" in r), default=-1))
+        watch.phase("compile", first)
         evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and first < steps else None
         meter = Throughput(_flops(made, flops_per_row), _peak(made.mesh))
         rows = loader.for_rows(made.rows)
@@ -224,6 +237,7 @@ def fit_plan(
             eval_batches=functools.partial(_eval_batches, eval_data, eval_rows, made),
             eval_every=eval_every,
             last_evaluated=last_evaluated,
+            watch=watch,
         )
     old_evaluations = [
         {"step": r["step"], **{k.removeprefix("eval_"): v for k, v in r.items() if k.startswith("eval_")}}
@@ -253,6 +267,28 @@ def _agreed(number: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _same_program(lowered: Any) -> str:
+    """The program's fingerprint, the same on every process.
+
+    Raises:
+        ConfigError: processes are about to run different programs, which would hang or compute nonsense.
+    """
+    if jax.process_count() == 1:
+        return ""
+    mine = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+    prints = gathered(mine)
+    usual = max(prints, key=prints.count)
+    others = [i for i, found in enumerate(prints) if found != usual]
+    if others:
+        raise ConfigError(
+            f"{'processes' if len(others) > 1 else 'process'} {', '.join(map(str, others))} compiled another program",
+            where="fit",
+            why=f"fingerprints {', '.join(f'{i}: {p}' for i, p in enumerate(prints[:8]))}",
+            fix="the same code, config, versions and environment on every host",
+        )
+    return mine
 
 
 def _saved_groups(path: pathlib.Path) -> int | None:
