@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ from shardtrain.cli import main
 
 
 def test_another_config_on_one_host(launch):
-    """Named with the field before anything is compiled, and not started again. Failed once without the comparison: it
-    trained to the end."""
+    """Named with the field before anything is compiled, and not started again. Failed once without the comparison: then
+    the compiled programs differ, which names no field."""
     done = launch("config", "--processes", "2", config="CONFIG:another_config")
     assert done.code == 2
     assert "process 1 of 2 trains something else" in done.err
@@ -86,3 +87,45 @@ def test_open_mpi_starts_it(launch, folder, one_of):
     two = launch("as-mpi", "--processes", "2")
     assert [row["loss"] for row in rows] == two.curve()
     assert (folder / "mpi" / "logs" / "process-1.log").exists()
+
+
+@pytest.mark.slow
+def test_hosts_without_a_common_launcher(folder, one_of):
+    """Two launchers, as on two hosts: the processes judge each other by the coordination service, both leave word, and
+    each launcher starts its own again. The fault in mind: each launcher sees its own process alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "shardtrain",
+        "launch",
+        "local",
+        "--hosts",
+        "2",
+        "--devices-per-process",
+        "2",
+    ]
+    command += [
+        "--coordinator",
+        f"127.0.0.1:{port}",
+        "--inject",
+        "hang@step=6:process=1",
+        "--max-restarts",
+        "0",
+    ]
+    command += ["--silence", "dispatch=8,wait=8"]
+    rest = ["--", "train", f"{folder / 'my.py'}:tiny", "--output", str(folder / "hosts")]
+    pipe = subprocess.PIPE
+    hosts = [
+        subprocess.Popen(
+            [*command, "--host-index", str(i), *rest], env=one_of(folder), stderr=pipe, text=True
+        )
+        for i in (0, 1)
+    ]
+    said = [host.communicate(timeout=280)[1] for host in hosts]
+    for text in said:
+        assert "stuck: process 1 has been dispatching at step 6 for" in text, text[-3000:]
+    assert "_cause" in (folder / "hosts" / "stuck" / "process-1.txt").read_text()
+    assert "waiting for step 6's metrics" in (folder / "hosts" / "stuck" / "process-0.txt").read_text()

@@ -226,7 +226,7 @@ def _step(found: Found, seconds: Found | None) -> str:
 def _search(found: Found) -> str:
     rows, best, front = found["candidates"], found["best"], found["pareto"]
     counts = found["counts"]
-    usable = found["usable"]
+    usable = found.get("usable")
     words = [found["words"], *found["notes"]]
     reached = ", ".join(f"{counts[t]:,} {t}" for t in ("sketched", "partitioned", "compiled", "certified"))
     words.append(
