@@ -178,6 +178,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         precision=config.precision,
         param_dtype=None if config.param_dtype == "model" else config.param_dtype,
         learning_rate=pieces.learning_rate,
+        guard=config.guard,
     )
 
 

@@ -32,6 +32,7 @@ FREE = (
     "eval_every",
     "eval_rows",
     "checkpoint_every",
+    "guard",
     "sample",
     "sample_tokens",
     "data.cache",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from shardtrain.errors import ConfigError
 from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig
+from shardtrain.train.guard import Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,9 @@ class Monitor:
     progress: bool = True
 
 
+NO_GUARD = Guard(on_bad="off")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One run. `global_batch` in rows; `eval_every`, `checkpoint_every` in steps, 0 for never.
@@ -139,6 +143,8 @@ class RunConfig:
     `param_dtype`: of parameters at rest; model: as it has them. In bf16 there is no copy in more bits, and a step that moves a
     weight by less than a 256th of it may not move it.
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
+    `guard`: what becomes of steps whose loss or gradient is not finite, or a spike; off: the run stops after one that is
+    not finite.
     """
 
     model: GPTConfig | LlamaConfig | MoEConfig | Custom
@@ -163,6 +169,7 @@ class RunConfig:
     checkpoint_every: int = 100
     keep: int = 2
     monitor: Monitor = Monitor()
+    guard: Guard = NO_GUARD
     sample: str = ""
     sample_tokens: int = 128
 

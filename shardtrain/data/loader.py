@@ -226,6 +226,7 @@ class IterableLoader:
                 "gave no batch", where="data", fix="an iterable of dicts or tuples of arrays"
             ) from None
         self._iterator: Iterator[Any] | None = iterator if iter(data) is iterator else None
+        self._begun = False
         self.global_batch = len(next(iter(self._first.values()))) * jax.process_count()
 
     @property
@@ -249,6 +250,14 @@ class IterableLoader:
 
     def _all(self) -> Iterator[Batch]:
         if self._iterator is not None:
+            if self._begun:
+                raise DataError(
+                    "a second time from the start, and it can be read only once",
+                    where="data",
+                    why="a generator or an iterator; a rewind reads batches again",
+                    fix="a list, a loader, or an object whose __iter__ begins anew; or guard.on_bad='skip'",
+                )
+            self._begun = True
             yield self._first
             yield from map(_as_dict, self._iterator)
             return

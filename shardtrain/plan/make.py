@@ -31,6 +31,7 @@ from shardtrain.plan.model import FROZEN, as_model, initial
 from shardtrain.plan.plan import Plan
 from shardtrain.plan.staged import as_pipeline, at_rest, with_layers
 from shardtrain.sharding import Annotations, Rules, annotate
+from shardtrain.train.guard import Guard, memory
 from shardtrain.tree import flatten
 
 
@@ -53,6 +54,7 @@ def plan(
     learning_rate: Any = None,
     attention: str = "ring",
     schedule: str | Schedule | Iterable[Any] = "1f1b",
+    guard: Guard | None = None,
 ) -> Plan:
     """Decide where everything lives, and check it, without allocating anything.
 
@@ -81,6 +83,8 @@ def plan(
             see `st.attention`.
         schedule: under a `stage` axis, who works on which microbatch when: "gpipe", "1f1b", "interleaved:V" (V pieces of
             the model per device), "zb", a `Schedule`, or a table of your own; see `st.schedules`.
+        guard: what becomes of steps whose loss or gradient is not finite, or a spike; see `st.Guard`. None: they are
+            taken, and the loop stops after one that is not finite.
 
     Raises:
         ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
@@ -103,6 +107,7 @@ def plan(
         learning_rate=learning_rate,
         attention=attention,
         schedule=schedule,
+        guard=guard,
     )
     rules = one_of("rules", rules, PRESETS) if isinstance(rules, str) else rules
     compute = dtype_of("precision", precision)
@@ -110,6 +115,7 @@ def plan(
     reduce_dtype = reduce_dtype or wide(jnp.dtype(compute))
     one_of("attention", attention, dict.fromkeys(MODES))
     layouts.check_mesh(mesh, rules)
+    guard = None if guard is None or guard.on_bad == "off" else guard
     abstract_batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(tuple(x.shape), device_dtype(x.dtype)),
         batch,
@@ -164,7 +170,10 @@ def plan(
         learning_rate=learning_rate,
         attention=attention,
         pipeline=pipe,
-        abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
+        guard=guard,
+        abstract_state=layouts.abstract_state(
+            params, model_state, optimizer, leaves, mesh, jax.eval_shape(lambda: memory(guard))
+        ),
         again=again,
     )
 

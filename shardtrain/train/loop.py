@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from shardtrain.errors import CheckpointError, RunError
+from shardtrain.train.guard import Watch
 from shardtrain.train.hooks import Hook
 
 log = logging.getLogger("shardtrain")
@@ -98,6 +99,7 @@ def run_loop(
     eval_every: int = 0,
     last_evaluated: int = -1,
     on_nonfinite: Literal["stop", "continue"] = "stop",
+    watch: Watch | None = None,
 ) -> LoopResult:
     """Train from `first_step` to `steps`.
 
@@ -110,6 +112,7 @@ def run_loop(
             the held-out rows; every `eval_every` steps and at the end.
         last_evaluated: step of an evaluation that a resumed run has already.
         on_nonfinite: "continue" leaves a loss that is no number to the hooks, and saves what there is.
+        watch: of a step that has a guard; skipped steps are its own.
 
     The first Ctrl-C or SIGTERM ends the step under way, saves and returns; a second one during the
     save is ignored with a line; a third leaves at once. On several processes the wish of one is
@@ -119,7 +122,7 @@ def run_loop(
     `jax.transfer_guard("disallow")`.
 
     Raises:
-        RunError: the loss or the parameters are not finite. Such a state is not saved, except by a
+        Rewind: the guard's. RunError: the loss or the parameters are not finite. Such a state is not saved, except by a
             preemption that several processes agreed on at that very step. Or saves fail, several in a row or the
             last; one that fails alone is told and tried again, as are metrics that cannot be written.
     """
@@ -163,7 +166,9 @@ def run_loop(
         display.update(number, metrics["loss"], meter.tokens_per_second, meter.mfu, left)
         for hook in hooks:
             hook.on_step(number, metrics)
-        if on_nonfinite == "stop":
+        leaving = signals.alone or result.stopped in ("interrupted", "preempted")
+        skipped = watch is not None and watch.skipped(number, metrics, rewinds=not leaving)
+        if on_nonfinite == "stop" and not skipped:
             _require_finite(number, metrics, result.history)
 
     def evaluation(number: int) -> None:
