@@ -53,7 +53,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--elastic", action="store_true", default=None, help="restarts used up: go on with fewer processes")
     add("--output-logs", type=pathlib.Path, metavar="DIR", help="also write DIR/process-N.log")
     add("--host", metavar="ADDRESS", help="where the coordinator listens (default 127.0.0.1)")
-    add("--inject", metavar="FAULT", help="such as kill@step=12:process=1; also stop, term, hang, slow, nan")
+    add(
+        "--inject",
+        metavar="FAULT",
+        help="such as kill@step=12:process=1; also stop, term, hang, slow, nan, corrupt, disk-full",
+    )
     add("--host-index", type=int, metavar="I", help="which of --hosts this is")
     add("--coordinator", metavar="HOST:PORT", help="the first host, where there are several")
     add = parser.add_argument_group("clusters").add_argument

@@ -144,7 +144,7 @@ class RunConfig:
     weight by less than a 256th of it may not move it.
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     `guard`: what becomes of steps whose loss or gradient is not finite, or a spike; off: the run stops after one that is
-    not finite.
+    not finite. `replica_check_every`: steps between comparisons of what several devices hold the same of, 0 for never.
     """
 
     model: GPTConfig | LlamaConfig | MoEConfig | Custom
@@ -170,6 +170,7 @@ class RunConfig:
     keep: int = 2
     monitor: Monitor = Monitor()
     guard: Guard = NO_GUARD
+    replica_check_every: int = 0
     sample: str = ""
     sample_tokens: int = 128
 

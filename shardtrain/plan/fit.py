@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from shardtrain.checkpoint import Checkpointer, inspect, list_steps
+from shardtrain.checkpoint import Checkpointer, faults, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import AnyMesh, chip_of, device_of
@@ -27,8 +27,9 @@ from shardtrain.plan.plan import Plan
 from shardtrain.sharding import Rules
 from shardtrain.train.guard import Guard, Rewind, Watch, pass_over
 from shardtrain.train.hooks import as_hook
-from shardtrain.train.inject import injected
+from shardtrain.train.inject import Fault, injected
 from shardtrain.train.loop import Stopped, run_loop
+from shardtrain.train.replicas import Replicas
 from shardtrain.train.rewind import passing, record, recorded
 from shardtrain.train.state import TrainState
 
@@ -85,6 +86,7 @@ def fit(
     output: str | pathlib.Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
+    replica_check_every: int = 0,
     config: dict[str, Any] | None = None,
     writers: Sequence[Any] = (),
     tensorboard: bool = False,
@@ -108,6 +110,7 @@ def fit(
             module is told by its call, such as `model(batch["x"], train=False)`.
         output: folder of the run: metrics.jsonl, checkpoints/, tensorboard/. None writes nothing.
         checkpoint_every: steps; one is written at the end anyway. keep: how many of them.
+        replica_check_every: steps between comparisons of replicas of the state, 0 for never; see `train.replicas`.
         config: JSON kept beside each checkpoint.
         writers: further `monitor.Writer`s. hooks: `train.hooks.Hook`s or functions `(step, metrics)`.
         flops_per_row: training FLOPs of one row, for MFU; default 6 x parameters.
@@ -153,6 +156,7 @@ def fit(
         output=output,
         checkpoint_every=checkpoint_every,
         keep=keep,
+        replica_check_every=replica_check_every,
         config=config,
         writers=writers,
         tensorboard=tensorboard,
@@ -176,6 +180,7 @@ def fit_plan(
     output: str | pathlib.Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
+    replica_check_every: int = 0,
     config: dict[str, Any] | None = None,
     writers: Sequence[Any] = (),
     tensorboard: bool = False,
@@ -212,6 +217,10 @@ def fit_plan(
         rows = loader.for_rows(made.rows)
         display = stack.enter_context(Progress(steps, enabled=progress and lead))
         all_hooks = [as_hook(h) for h in hooks]
+        replicas = None
+        if replica_check_every and made.mesh.size > 1:
+            replicas = Replicas(made.abstract_state, made.mesh, replica_check_every, str(path or "RUN"))
+        storage = None if checkpoints is None else functools.partial(_storage_fault, checkpoints)
         watch = None if made.guard is None else Watch(made.guard, made.global_batch, display.say)
         over = {entry["step"] for entry in recorded(path)} if path is not None else set()
         result = None
@@ -227,7 +236,7 @@ def fit_plan(
                     result = run_loop(
                         state,
                         batches,
-                        step_function=injected(step_function, first, jax.process_index()),
+                        step_function=injected(step_function, first, jax.process_index(), storage=storage),
                         put=made.put,
                         first_step=first,
                         steps=steps,
@@ -241,6 +250,7 @@ def fit_plan(
                         eval_every=eval_every,
                         last_evaluated=last_evaluated,
                         watch=watch,
+                        replicas=replicas,
                     )
                     break
             except Rewind as back:
@@ -269,6 +279,13 @@ def fit_plan(
         tokens_per_second=meter.tokens_per_second,
         mfu=meter.mfu,
     )
+
+
+def _storage_fault(checkpoints: Checkpointer, fault: Fault) -> None:
+    if fault.kind == "disk-full":
+        faults.fill_disk(checkpoints, fault.saves)
+    elif jax.process_index() == 0:
+        faults.corrupt(checkpoints)
 
 
 def _passing_over(made: Plan) -> Any:

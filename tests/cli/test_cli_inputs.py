@@ -48,6 +48,7 @@ CASES = {
     "no text": (["--data.source", "nothing.txt"], ["nothing.txt", "no such file"]),
     "guard": (["--guard.on-bad", "ignore"], ["on-bad", "rewind"]),
     "limit of a guard": (["--guard.limit", "0"], ["guard.limit", "1 or more"]),
+    "replica check": (["--replica-check-every", "-1"], ["replica_check_every", "0 for never"]),
     "eval fraction": (["--data.eval-fraction", "1.5"], ["1.5"]),
 }
 
