@@ -251,6 +251,12 @@ def check(config: Any, where: str = "config") -> Any:
             where=f"{where}: optimizer.learning_rate",
             fix="a positive number",
         )
+    if config.data.quarantine < 0:
+        raise ConfigError(
+            f"{config.data.quarantine}",
+            where=f"{where}: data.quarantine",
+            fix="0 for none, or a number of rows",
+        )
     if config.data.sequence < 1:
         raise ConfigError(f"{config.data.sequence}", where=f"{where}: data.sequence", fix="1 or more")
     return config

@@ -37,6 +37,7 @@ FREE = (
     "sample",
     "sample_tokens",
     "data.cache",
+    "data.quarantine",
 )
 """Fields that may change when a run is resumed: they do not change what is trained."""
 

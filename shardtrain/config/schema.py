@@ -86,6 +86,7 @@ class Text:
     folder that `shardtrain data prepare` wrote.
     `tokenizer`: `bpe:N` trains a byte-pair tokenizer of N entries on the text; or a tokenizer.json.
     `sequence`: tokens per row. `field`: of .jsonl. `dtype`: of .bin. `cache`: folder of tokenised files.
+    `quarantine`: rows that cannot be read and may be left out, by each process; the next good one stands in.
     """
 
     source: str = "king_james"
@@ -94,6 +95,7 @@ class Text:
     eval_fraction: float = 0.05
     field: str = "text"
     dtype: Literal["uint16", "uint32"] = "uint16"
+    quarantine: int = 0
     cache: str = ""
 
 

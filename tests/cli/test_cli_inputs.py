@@ -49,6 +49,7 @@ CASES = {
     "guard": (["--guard.on-bad", "ignore"], ["on-bad", "rewind"]),
     "limit of a guard": (["--guard.limit", "0"], ["guard.limit", "1 or more"]),
     "replica check": (["--replica-check-every", "-1"], ["replica_check_every", "0 for never"]),
+    "quarantine": (["--data.quarantine", "-1"], ["data.quarantine", "0 for none"]),
     "eval fraction": (["--data.eval-fraction", "1.5"], ["1.5"]),
 }
 
