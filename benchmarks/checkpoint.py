@@ -115,6 +115,7 @@ def main() -> None:
         },
         "saves": [measure(mib, options.rounds) for mib in options.mib],
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, local disk, simulated devices",
+        "load_average": os.getloadavg()[0],  # of all that ran on the machine in the last minute
         "versions": {
             "jax": jax.__version__,
             "python": platform.python_version(),
