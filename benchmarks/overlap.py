@@ -64,12 +64,12 @@ def measure(layout: str, name: str, left_out: tuple[str, ...]) -> dict[str, Any]
 def main() -> None:
     rows = []
     for layout, group in CASES.items():
-        rows.append(measure(layout, "none of ours", tuple(OPTIONS["tpu"])))
+        rows.append(measure(layout, "none of ours", tuple({**OPTIONS["tpu"], **OPTIONS["v5e"]})))
         rows.append(measure(layout, f"all but {group}", GROUPS[group]))
         rows.append(measure(layout, "ours", ()))
     result = {
         "formula": "async_share = wire bytes of asynchronous collectives / wire bytes",
-        "options": OPTIONS["tpu"],
+        "options": {**OPTIONS["tpu"], **OPTIONS["v5e"]},
         "groups": GROUPS,
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
         "hardware": "compiled without devices",

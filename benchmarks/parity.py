@@ -7,7 +7,8 @@
 The tiny configs of GPT, Llama and mixture of experts at half their width, ten steps of AdamW on shipped text, float32,
 on eight simulated devices: `config.verify.verify_config`, which is `shardtrain verify CONFIG --layouts all --width 64`.
 Dropout on, clipped below the gradient norm, padding of uneven length. Differences are relative norms: gradients of
-step one by leaf, losses and gradient norms the largest of ten steps, parameters against their global norm. Results go to
+step one by leaf, losses and gradient norms the largest of ten steps, parameters against their global norm. Beside them stand
+the choices of experts in step one that went to another expert. Results go to
 `benchmarks/results/parity.json` after every layout; a table stands beside it.
 """
 
@@ -73,7 +74,9 @@ def table(cases: dict[str, Any]) -> str:
             rows = [r for r in models.get(model, []) if r["equal"] is not None]
             same = sum(bool(r["equal"]) for r in rows)
             worst = max((r["gradients"] for r in rows), default=0.0)
-            cells.append(f"{same} of {len(rows)}, {worst:.1e}" if rows else "")
+            flips = [r["flips"] for r in rows if r.get("flips") is not None]
+            counted = f", {sum(flips)} flips" if flips else ""
+            cells.append(f"{same} of {len(rows)}, {worst:.1e}{counted}" if rows else "")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ _HOMES = {
         "CompileError",
         "ConfigError",
         "DataError",
+        "DependencyError",
         "LaunchError",
         "MeshError",
         "RunError",

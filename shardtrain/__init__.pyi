@@ -5,6 +5,7 @@ from shardtrain.errors import CheckpointError as CheckpointError
 from shardtrain.errors import CompileError as CompileError
 from shardtrain.errors import ConfigError as ConfigError
 from shardtrain.errors import DataError as DataError
+from shardtrain.errors import DependencyError as DependencyError
 from shardtrain.errors import LaunchError as LaunchError
 from shardtrain.errors import MeshError as MeshError
 from shardtrain.errors import RunError as RunError

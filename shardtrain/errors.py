@@ -60,6 +60,10 @@ class CompileError(ShardTrainError):
     """A target's compiler refused a program: it does not fit, or the compiler failed."""
 
 
+class DependencyError(ConfigError):
+    """What was asked for needs a package that is not installed."""
+
+
 class RunError(ShardTrainError):
     """The run itself failed: the loss is no number, a process died. Not the input's fault."""
 

@@ -64,7 +64,8 @@ def _there(options: argparse.Namespace, targets: list[str]) -> tuple[int, dict[s
         ways = []
         if found.fits is False:
             code = shell.FOUND
-            ways = ways_to_fit(config, found.target, Constants.of(found.target, options.constants))
+            shares = Constants.of(found.target, options.constants)
+            ways = ways_to_fit(config, found.target, shares, compile=options.compile, timeout=options.timeout)
         result = {
             **found.as_json(),
             "pipeline": _pipeline(made),
@@ -154,8 +155,10 @@ def _scaling(results: list[dict[str, Any]], weak: list[float | None]) -> list[di
 def _way(way: Any) -> str:
     from shardtrain.tree import bytes_text
 
-    seconds = f", step {way.forecast.seconds:.4g} s" if way.forecast.seconds else ""
-    return f"{bytes_text(way.forecast.bill.peak)}{seconds} ({way.forecast.source})"
+    more = "" if way.costs is None else f" ({way.costs:+.3g})"
+    seconds = f", step {way.forecast.seconds:.4g} s{more}" if way.forecast.seconds else ""
+    saved = f" ({bytes_text(way.saves)} less)" if way.saves > 0 else ""
+    return f"{bytes_text(way.forecast.bill.peak)}{saved}{seconds}, {way.forecast.source}"
 
 
 def _here(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:

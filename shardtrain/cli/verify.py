@@ -57,8 +57,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         verdict = {True: f"equal, gradients {c.gradients or 0:.1e}", False: "DIFFERS", None: "cannot be"}[
             c.equal
         ]
+        flips = "" if not c.flips else f", {c.flips} choices of experts differ"
         shell.say(
-            f"{c.layout}: {verdict}{'' if c.equal else ': ' + str(c.first_difference)} ({c.seconds:.0f} s)"
+            f"{c.layout}: {verdict}{flips if c.equal else ''}{'' if c.equal else ': ' + str(c.first_difference)} ({c.seconds:.0f} s)"
         )
 
     found = verify_config(

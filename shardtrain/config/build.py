@@ -179,6 +179,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         groups=groups,
         attention=config.attention,
         precision=config.precision,
+        quant=None if config.quant == "none" else config.quant,
         param_dtype=None if config.param_dtype == "model" else config.param_dtype,
         learning_rate=pieces.learning_rate,
         guard=config.guard,

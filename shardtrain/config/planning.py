@@ -103,11 +103,14 @@ def _over_slices(config: RunConfig, target: Target) -> tuple[RunConfig, list[str
 
 @dataclasses.dataclass(frozen=True)
 class WayOut:
-    """A change that makes a config fit: what it is, and the forecast with it."""
+    """A change that makes a config fit: what it is, the forecast with it, and against that of the config as it was
+    what it saves (bytes of one device) and costs (seconds of a step)."""
 
     change: str
     layout: Layout
     forecast: Forecast
+    saves: float
+    costs: float | None
 
     def as_json(self) -> dict[str, Any]:
         f = self.forecast
@@ -115,16 +118,33 @@ class WayOut:
             "change": self.change,
             "layout": self.layout.name,
             "peak": f.bill.peak,
+            "saves": self.saves,
             "step_seconds": f.seconds,
+            "costs": self.costs,
             "source": f.source,
         }
 
 
-def ways_to_fit(config: RunConfig, target: Target, constants: Constants, most: int = 3) -> list[WayOut]:
-    """The cheapest changes of layout under which a config that does not fit does, each partitioned anew.
+def ways_to_fit(
+    config: RunConfig,
+    target: Target,
+    constants: Constants,
+    most: int = 3,
+    *,
+    compile: str = "no",
+    timeout: float = 600,
+) -> list[WayOut]:
+    """The cheapest changes of layout under which a config that does not fit does, each partitioned anew and, unless
+    `compile` is "no", compiled: what its compiler does not take is not shown.
 
     One change at a time, then two together. Global batch, sequence length and numerics stay.
     """
+    _, before = forecast_config(config, target, constants)
+
+    def way(change: str, layout: Layout, found: Forecast) -> WayOut:
+        slower = None if found.seconds is None or before.seconds is None else found.seconds - before.seconds
+        return WayOut(change, layout, found, before.bill.peak - found.bill.peak, slower)
+
     here = Layout.now(config, target)
     ones = list(_changes(here, config))
     found: list[WayOut] = []
@@ -138,10 +158,25 @@ def ways_to_fit(config: RunConfig, target: Target, constants: Constants, most: i
             except ShardTrainError:
                 continue
             if seen.fits:
-                found.append(WayOut(" and ".join(text for text, _ in change), layout, seen))
+                found.append(way(" and ".join(text for text, _ in change), layout, seen))
         if found:
             break
-    return sorted(found, key=lambda way: way.forecast.seconds or 0.0)[:most]
+    found.sort(key=lambda way: way.forecast.seconds or 0.0)
+    if compile == "no":
+        return found[:most]
+    sure: list[WayOut] = []
+    for each in found[: 2 * most]:
+        try:
+            _, seen = forecast_config(
+                each.layout.of(config), target, constants, compile=compile, timeout=timeout
+            )
+        except ShardTrainError:
+            continue
+        if seen.fits:
+            sure.append(way(each.change, each.layout, seen))
+        if len(sure) == most:
+            break
+    return sorted(sure, key=lambda way: way.forecast.seconds or 0.0)
 
 
 def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:
@@ -152,7 +187,7 @@ def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:
 
     c = here.candidate
     for times in (4, 16):
-        yield f"{c.microbatches * times} microbatches", change(microbatches=c.microbatches * times)
+        yield f"--microbatches {c.microbatches * times}", change(microbatches=c.microbatches * times)
     if here.remat not in (None, "full"):
         yield "remat full", lambda layout: dataclasses.replace(layout, remat="full")
     if c.mesh.get("tensor", 1) > 1 and c.rules in ("tensor", "fsdp_tensor"):

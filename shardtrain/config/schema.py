@@ -142,6 +142,8 @@ class RunConfig:
     it, on whatever mesh it goes on. As many as there are devices lets every mesh of them go on. `devices`: `auto`, `gpu`,
     `tpu`, or `cpu:N` for N simulated devices. `eval_rows`: held-out rows per evaluation, 0 for all.
     `precision`: of the loss; f64, of everything, is there to compare (`shardtrain verify`).
+    `quant`: operands of the products of attention and MLPs, forward and backward, in 8 bits: int8 or fp8. Needs the extra
+    `quant`, which brings qwix.
     `param_dtype`: of parameters at rest; model: as it has them. In bf16 there is no copy in more bits, and a step that moves a
     weight by less than a 256th of it may not move it.
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
@@ -159,6 +161,7 @@ class RunConfig:
     schedule: str = "1f1b"
     groups: int | None = None
     precision: Literal["f32", "bf16", "f64"] = "f32"
+    quant: Literal["none", "int8", "fp8"] = "none"
     param_dtype: Literal["model", "f32", "bf16"] = "model"
     attention: Literal["ring", "gather", "ulysses"] = "ring"
     global_batch: int = 64

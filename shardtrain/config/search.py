@@ -15,6 +15,7 @@ from shardtrain.config.planning import Layout, planned
 from shardtrain.config.schema import Custom, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import AXES, Target
+from shardtrain.mesh.build import SLOW
 from shardtrain.models import MoEConfig
 from shardtrain.parallel.remat import POLICIES
 from shardtrain.plan.candidates import Candidate, space
@@ -31,35 +32,48 @@ def search_config(
     constants: Constants,
     *,
     axes: Sequence[str] = (),
+    layouts: Sequence[tuple[Candidate, str | None]] | None = None,
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Search:
     """`plan.search.search` over the layouts that a config's model can have; `options` as there.
 
-    `axes`: look at meshes of these alone (and slice).
+    `axes`: look at meshes of these alone (and across slices). `layouts`: at these alone.
 
     Meshes, rules, microbatches, schedules and what the backward recomputes change; global batch, sequence length,
     model, optimizer and precision do not.
+    """
+    use_no_devices()
+    chosen = layouts_for(config, target, axes) if layouts is None else layouts
+    sketchers = {
+        remat: _sketcher(config, remat, target, constants) for remat in dict.fromkeys(r for _, r in chosen)
+    }
+
+    def make(candidate: Candidate, remat: str | None) -> tuple[Plan, float | None]:
+        return planned(Layout(candidate, remat).of(config), target)
+
+    return search(
+        chosen, target, sketchers, make, constants=constants, notes=_notes(config), say=say, **options
+    )
+
+
+def layouts_for(
+    config: RunConfig, target: Target, axes: Sequence[str] = ()
+) -> list[tuple[Candidate, str | None]]:
+    """All that a search looks at: layouts, each with every policy of what the backward recomputes.
+
+    Raises:
+        ConfigError: the model cannot be divided over one of `axes`.
     """
     able = _axes(config)
     for axis in axes:
         if axis not in able:
             fix = f"of {', '.join(a for a in AXES if a in able)}"
             raise ConfigError(f"this model cannot be divided over '{axis}'", where="axes", fix=fix)
-    use_no_devices()
-    policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
-    sketchers = {remat: _sketcher(config, remat, target, constants) for remat in policies}
     host = target.topology[-1] if target.platform == "cuda" else target.size
     found = space(target.size // target.slices, target.slices, able, config.global_batch, host)
-    found = [c for c in found if not axes or set(c.mesh) <= {"slice", *axes}]
-    layouts = [(candidate, remat) for candidate in found for remat in policies]
-
-    def make(candidate: Candidate, remat: str | None) -> tuple[Plan, float | None]:
-        return planned(Layout(candidate, remat).of(config), target)
-
-    return search(
-        layouts, target, sketchers, make, constants=constants, notes=_notes(config), say=say, **options
-    )
+    policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
+    return [(c, remat) for c in found if not axes or set(c.mesh) <= {*SLOW, *axes} for remat in policies]
 
 
 def _axes(config: RunConfig) -> set[str]:

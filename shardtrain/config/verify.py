@@ -72,6 +72,7 @@ def verify_config(
         groups=config.groups or 1,
         seed=config.seed,
         precision=config.precision,
+        quant=None if config.quant == "none" else config.quant,
         param_dtype=None if config.param_dtype == "model" else config.param_dtype,
         tolerance=tolerance,
         say=say,

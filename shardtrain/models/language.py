@@ -97,6 +97,12 @@ class LanguageModel(nnx.Module):
         """Of a model that is not `staged`: as `hidden`, and what it adds to the loss."""
         raise NotImplementedError
 
+    def choices(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array | None:
+        """int32 [B, T, ...]: what a model with routers decides for each token; None of others."""
+        return None
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
         x_BTD = enter_block(x_BTD)
@@ -158,6 +164,10 @@ class _LanguageLoss(Stages):
         # Times the weight, so that it is a mean over groups like the rest.
         metrics = {"ce": (ce.sum, ce.weight), **auxiliary.metrics}
         return Loss(ce.sum + ce.weight * auxiliary.loss, ce.weight, metrics)
+
+    def choices(self, model: Any, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array | None:
+        """What the model decides for each token of the group in a call of this loss, see `LanguageModel.choices`."""
+        return model.choices(batch["tokens"], key=_key(model, rngs), segments=batch.get("segments"))
 
 
 language_model_loss = _LanguageLoss(

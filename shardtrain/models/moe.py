@@ -232,8 +232,7 @@ class MoE(LanguageModel):
         That is the step of the load before: the load of a whole step is known when its groups have been merged.
         """
         c, mlp, learns = self.config, self.blocks.mlp, not self.deterministic
-        if learns and mlp.bias is not None:
-            mlp.bias.set_value(balanced_bias(mlp.bias[...], mlp.load[...], c.bias_rate))
+        self._rebalance()
         x_BTD, _, told = self._run(tokens_BT, key, segments, None, 0)
         if learns and mlp.load is not None:
             mlp.load.set_value(told.load)
@@ -244,6 +243,19 @@ class MoE(LanguageModel):
             "dropped": (told.dropped.sum(), told.load.sum()),
         }
         return x_BTD, Auxiliary(loss if learns else jnp.zeros_like(loss), metrics)
+
+    def choices(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
+        """int32 [B, T, layers, k]: the experts that each token of this group takes."""
+        self._rebalance()
+        told = self._run(tokens_BT, key, segments, None, 0)[2]
+        return jnp.moveaxis(told.chosen, 0, 2)
+
+    def _rebalance(self) -> None:
+        mlp = self.blocks.mlp
+        if not self.deterministic and mlp.bias is not None:
+            mlp.bias.set_value(balanced_bias(mlp.bias[...], mlp.load[...], self.config.bias_rate))
 
     def _run(
         self, tokens_BT: jax.Array, key: Any, segments: Any, cache: Any, position: Any

@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from shardtrain.errors import ShardingError
-from shardtrain.mesh import chip_of, device_of
-from shardtrain.parallel import ring
-from shardtrain.parallel.fsdp import alike
+from shardtrain.mesh import device_of
+from shardtrain.parallel import fused, ring
 from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.parallel.sequence import zigzag_order
 from shardtrain.sharding import context
@@ -51,7 +49,7 @@ def attention(
         segments: int [batch, seq]; a token sees only its own segment (packed documents). None: one segment.
         chunk: queries at a time where no fused kernel is at hand; bounds the scores in memory.
 
-    On NVIDIA GPUs with 16-bit values this is cuDNN's flash attention, where whole sequences are at hand.
+    Where whole sequences are at hand, in 16 bits, NVIDIA GPUs and TPUs run a fused kernel (`fused.py`).
 
     Communicates: over context, with f = (n-1)/n, K bytes of all keys and values and Q of all queries of the rows:
     ring and gather f*K forward, 2f*K backward; ulysses 2f*(2Q + K)/n in all.
@@ -83,8 +81,9 @@ def attend(
 ) -> jax.Array:
     """`attention` where every device has whole sequences."""
     length = q.shape[1]
-    if segments is None and has_flash(_device(), q):
-        return _flash(q, k, v, causal)
+    kernel = fused.kernel_for(_device(), q, k, segments)
+    if kernel is not None:
+        return fused.attend(kernel, q, k, v, segments, causal=causal)
     if segments is None and length <= chunk:
         return _product(q, k, v, causal=causal)
 
@@ -199,87 +198,6 @@ def _parts(spec: PartitionSpec | None, dim: int) -> int:
     entry = None if spec is None or len(spec) <= dim else spec[dim]
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(layout.mesh.shape[a] for a in names)  # type: ignore[union-attr]
-
-
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """cuDNN's attention, on each device's own rows and heads: nothing is left to the partitioner."""
-    kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    q_spec, kv_spec = (
-        spec_of(x, "batch", "seq_block", h, "head_dim") for x, h in ((q, "heads"), (k, "kv_heads"))
-    )
-    layout = context.current()
-    if q_spec is None or layout is None or layout.mesh is None:
-        return kernel(q, k, v)
-    if isinstance(layout.mesh, AbstractMesh):  # cuDNN's kernel can be lowered for devices alone
-        return _stand_in(q, k, v, causal, (q_spec, kv_spec))
-    free = {a for a in layout.mesh.shape if a not in layout.manual}
-    return jax.shard_map(
-        kernel,
-        mesh=None if layout.manual else layout.mesh,
-        in_specs=(q_spec, kv_spec, kv_spec),
-        out_specs=q_spec,
-        axis_names=free,
-        check_vma=False,
-    )(q, k, v)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _stand_in(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, specs: Any) -> jax.Array:
-    """What a fused kernel takes, gives and keeps, for programs that are read and not run: see `plan/partitioned.py`."""
-    return _stand_in_forward(q, k, v, causal, specs)[0]
-
-
-def _stand_in_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, specs: Any) -> Any:
-    def results(q: jax.Array, *_: jax.Array) -> Any:
-        batch, length, heads, _width = q.shape
-        return q, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-
-    out, sums = _call(2, results, causal, specs, "qkv", "qs", q, k, v)
-    return out, (q, k, v, out, sums)
-
-
-def _stand_in_backward(causal: bool, specs: Any, kept: Any, gradient: jax.Array) -> Any:
-    return tuple(_call(5, lambda *x: x[:3], causal, specs, "qkvqsq", "qkv", *kept, gradient))
-
-
-def _call(products: int, results: Any, causal: bool, specs: Any, takes: str, gives: str, *arrays: Any) -> Any:
-    """An opaque call on every device's own part, which says its FLOPs: so many products over all scores, half of them
-    where they are causal."""
-
-    def local(*parts: jax.Array) -> Any:
-        (batch, length, heads, width), keys = parts[0].shape, parts[1].shape[1]
-        flops = 2 * products * batch * heads * length * keys * width // (2 if causal else 1)
-        made = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results(*parts)]
-        return jax.ffi.ffi_call(f"attention_{products}_products", made)(*parts, flops=np.int64(flops))
-
-    layout = context.current()
-    assert layout is not None and layout.mesh is not None
-    free = {a for a in layout.mesh.shape if a not in layout.manual}
-    q, kv = specs
-    of = {"q": q, "k": kv, "v": kv, "s": PartitionSpec(*(q[d] if len(q) > d else None for d in (0, 2, 1)))}
-    if free:
-        local = jax.shard_map(
-            local,
-            mesh=None if layout.manual else layout.mesh,
-            in_specs=tuple(of[name] for name in takes),
-            out_specs=[of[name] for name in gives],
-            axis_names=free,
-            check_vma=False,
-        )
-    return alike(*local(*arrays), *arrays)[: len(gives)]
-
-
-_stand_in.defvjp(_stand_in_forward, _stand_in_backward)
-
-
-def has_flash(device: Any, q: jax.Array) -> bool:
-    """Whether cuDNN's attention takes `q` on this device: NVIDIA from Ampere on, 16 bits, heads to 128 wide."""
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD says "gfx942", others nothing
-    if not capability and device.platform == "gpu":  # stands for a chip that is not here
-        capability = getattr(chip_of(device), "capability", "")
-    modern = capability.replace(".", "", 1).isdigit() and float(capability) >= 8
-    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
-    return modern and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _device() -> Any:

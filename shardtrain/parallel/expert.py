@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from shardtrain.errors import ShardingError
+from shardtrain.errors import ConfigError, ShardingError
 from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.precision import widen
@@ -88,6 +88,7 @@ def expert_mlp(
         [B, T, D], and the number of choices that were dropped, int32.
 
     Raises:
+        ConfigError: products are to be in 8 bits.
         ShardingError: a capacity where a mesh axis divides the sequence: who comes first would go by the device.
 
     Communicates: over expert, with f = (n-1)/n: an all-to-all of the token vectors to the experts and one back, and both
@@ -99,6 +100,13 @@ def expert_mlp(
     Held by tests/unit/parallel/test_expert.py and tests/comms/test_experts.py.
     """
     layout = context.current()
+    if layout is not None and layout.quant is not None:
+        raise ConfigError(
+            f"'{layout.quant}', and the model has experts",
+            where="quant",
+            why="an expert takes tokens of all groups of its devices, whose scales would be those of no single group",
+            fix="no quant, or a model without experts",
+        )
     if layout is not None and factor:
         _check_whole(layout)
     if layout is not None and layout.mesh is None:

@@ -1,4 +1,10 @@
-"""What the backward pass recomputes, by name."""
+"""What the backward pass recomputes, by name.
+
+Values that wait in the memory of the host (`name:offload`) were compiled for TPU and GPU. On the CPU backend they cannot run:
+its devices list a `pinned_host` memory, but JAX 0.12 lowers a `device_put` into it to nothing there, and given the
+`annotate_device_placement` calls of a GPU's lowering, XLA's CPU compiler takes them out: what it makes has one memory space
+and the gradients of saving the value, bit for bit. Held by tests/unit/parallel/test_remat_offload.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.errors import ConfigError
+from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import device_of
 from shardtrain.sharding import context
 
@@ -126,8 +132,13 @@ def _check_host(name: str) -> None:
         )
 
 
-def _unbatched(*_: Any) -> tuple[Any, Any]:
-    raise NotImplementedError
+def _unbatched(size: int, *_: Any) -> tuple[Any, Any]:
+    raise ShardTrainError(
+        f"a collective of the model's own, in a jax.vmap over {size}",
+        where="jax.vmap",
+        why="attention over a divided sequence, and blocks of a divided stream, send what they hold by hand, and not batched",
+        fix="one more dim of the batch in place of the vmap, or jax.lax.map",
+    )
 
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:

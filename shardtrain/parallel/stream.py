@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import reduce_scatter
+from shardtrain.parallel.quantised import COPIES, SUMS, product, quantised
 from shardtrain.parallel.remat import opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
@@ -31,16 +32,19 @@ def column(x: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -
 
     Communicates: where the stream is divided, an all-gather forward (f*X, and again where the backward recomputes), a
     reduce-scatter backward; else what the partitioner makes of it, an all-reduce of the gradient of `x`.
+        In 8 bits also what `product` says, here and in `row`.
     """
-    way, dim = _way(x), _divided(names)
+    dim = _divided(names)
+    way = None if dim is None else _way(x, names[dim])
     if way is None or dim is None:
-        return jnp.einsum(equation, enter_block(x), kernel)
+        return product(enter_block(x), kernel, equation)
     left, right, out = _letters(equation)
     letter = right[dim]
-    y = jnp.einsum(
-        f"z{left},{right.replace(letter, 'z' + letter)}->{out.replace(letter, 'z' + letter)}",
-        _travel(x, way, True),
+    y = product(
+        _travel(x, way, True) if way.divided else _copies(x, way),
         split_dim(kernel, dim, way.parts),
+        f"z{left},{right.replace(letter, 'z' + letter)}->{out.replace(letter, 'z' + letter)}",
+        COPIES,
     )
     return _merged(y, out.index(letter))
 
@@ -60,17 +64,18 @@ def row(h: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -> j
     dim = _divided(names)
     way = None
     if dim is not None:
-        way = _way(jax.ShapeDtypeStruct((*h.shape[:2], kernel.shape[-1]), h.dtype))
+        way = _way(jax.ShapeDtypeStruct((*h.shape[:2], kernel.shape[-1]), h.dtype), names[dim])
     if way is None or dim is None:
-        return leave_block(jnp.einsum(equation, h, kernel))
+        return leave_block(product(h, kernel, equation))
     letter = right[dim]
     split = lambda letters: letters.replace(letter, "z" + letter)  # noqa: E731
-    y = jnp.einsum(
-        f"{split(left)},{split(right)}->z{out}",
+    y = product(
         split_dim(h, left.index(letter), way.parts),
         split_dim(kernel, dim, way.parts),
+        f"{split(left)},{split(right)}->z{out}",
+        SUMS,
     )
-    return _travel(y, way, False)
+    return _travel(y, way, False) if way.divided else leave_block(jax.lax.reduce_sum(y, (0,)))
 
 
 def collect(y: jax.Array, spec: PartitionSpec, dim: int) -> jax.Array:
@@ -85,13 +90,16 @@ def split_dim(x: jax.Array, dim: int, parts: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """`stream`: spec of what is divided; `axes` of its `dim`, of `parts` devices; `free`: all automatic axes."""
+    """`stream`: spec of what is divided; `axes` of its `dim`, of `parts` devices; `free`: all automatic axes.
+
+    `divided`: False where it is whole on each of them, all the same."""
 
     stream: PartitionSpec
     dim: int
     axes: tuple[str, ...]
     parts: int
     free: frozenset[str]
+    divided: bool = True
 
     @property
     def copies(self) -> PartitionSpec:
@@ -99,30 +107,52 @@ class _Way:
         return PartitionSpec(self.axes, *[None if d == self.dim else e for d, e in enumerate(self.stream)])
 
 
-def _way(x: Any) -> _Way | None:
-    """How [batch, seq, embed] is divided between blocks; None where it is not, or not otherwise than in them."""
+def _way(x: Any, name: str | None) -> _Way | None:
+    """How [batch, seq, embed] is divided between blocks; None where it is not, or not otherwise than in them.
+
+    `name`: of the kernel's divided dim. Products that are rounded have their parts apart where the stream is whole too: a
+    part is scaled, and is in the stream's dtype, before it is summed.
+    """
     stream, inside = spec_of(x, "batch", "seq", "embed"), spec_of(x, "batch", "seq_block", "embed")
-    return None if stream is None or stream == inside else _along(stream, 1)
+    if stream is None:
+        return None
+    if stream != inside:
+        return _along(stream, 1)
+    return None if quantised() is None else _over(stream, 1, _free(name), divided=False)
 
 
 def _along(spec: PartitionSpec, dim: int) -> _Way:
+    return _over(spec, dim, spec[dim] if isinstance(spec[dim], tuple) else (spec[dim],))
+
+
+def _over(spec: PartitionSpec, dim: int, axes: tuple[str, ...], *, divided: bool = True) -> _Way:
     layout = context.current()
     assert layout is not None and layout.mesh is not None
-    axes = spec[dim] if isinstance(spec[dim], tuple) else (spec[dim],)
     free = frozenset(a for a in layout.mesh.shape if a not in layout.manual)
-    return _Way(spec, dim, axes, math.prod(layout.mesh.shape[a] for a in axes), free)
+    parts = math.prod(layout.mesh.shape[a] for a in axes)
+    return _Way(spec, dim, axes, parts, free, divided)
 
 
 def _divided(names: tuple[str | None, ...]) -> int | None:
     """The dim of a kernel that automatic mesh axes divide."""
+    return next((dim for dim, name in enumerate(names) if _free(name)), None)
+
+
+def _free(name: str | None) -> tuple[str, ...]:
+    """The automatic mesh axes, of more than one device, that divide a logical axis."""
     layout = context.current()
-    if layout is None or layout.mesh is None:
-        return None
-    for dim, name in enumerate(names):
-        axes = layout.activations.get(name, ()) if name else ()
-        if any(layout.mesh.shape.get(a, 1) > 1 and a not in layout.manual for a in axes):
-            return dim
-    return None
+    if layout is None or layout.mesh is None or name is None:
+        return ()
+    sizes = layout.mesh.shape
+    return tuple(
+        a for a in layout.activations.get(name, ()) if sizes.get(a, 1) > 1 and a not in layout.manual
+    )
+
+
+def _copies(x: jax.Array, way: _Way) -> jax.Array:
+    """[parts, ...]: the whole stream once for each device, which has it already. The gradient is their sum."""
+    copies = jnp.broadcast_to(enter_block(x), (way.parts, *x.shape))
+    return place(copies, PartitionSpec(way.axes, *[None] * x.ndim), context.current())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -91,7 +91,7 @@ def compile_for(
         CompileError: the compiler refused, ran out of the device's memory, died or took too long.
     """
     version = compiler_version(target)
-    wanted = options_for(target.platform, options)
+    wanted = options_for(target.platform, options, chip=target.family)
     buffer = io.BytesIO()
     module.operation.write_bytecode(buffer)
     request = {"target": target.name, "mesh": dict(mesh), "options": wanted}

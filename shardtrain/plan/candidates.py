@@ -159,8 +159,9 @@ def space(devices: int, slices: int, axes: Iterable[str], rows: int, host: int) 
     stage and context beside them; the rules that go with them; microbatches as far as rows allow.
 
     Args:
-        devices: of one slice. slices: joined by the slow network, over which data goes. axes: those that the model can
-            use. rows: of the global batch. host: devices that share the fastest links, the most along tensor.
+        devices: of one slice. slices: joined by the slow network, over which data goes, or fsdp, or stage. axes: those
+            that the model can use. rows: of the global batch. host: devices that share the fastest links, the most
+            along tensor.
     """
     axes = set(axes)
     found: dict[Candidate, None] = {}
@@ -173,10 +174,22 @@ def space(devices: int, slices: int, axes: Iterable[str], rows: int, host: int) 
                 if over:
                     continue
                 for fsdp in sorted(_divisors(rest), reverse=True):
-                    sizes = {"slice": slices, "data": rest // fsdp, "fsdp": fsdp}
-                    sizes |= dict(zip(chosen, split, strict=True))
-                    found |= dict.fromkeys(_with_options(sizes, rows))
+                    sizes = dict(zip(("data", "fsdp", *chosen), (rest // fsdp, fsdp, *split), strict=True))
+                    for outer in _across(sizes, slices, axes):
+                        found |= dict.fromkeys(_with_options(sizes | outer, rows))
     return list(found)
+
+
+def _across(sizes: Mapping[str, int], slices: int, axes: set[str]) -> list[dict[str, int]]:
+    """What may cross the slow network."""
+    if slices == 1:
+        return [{}]
+    found = [{"slice": slices}]
+    if "fsdp" in axes and sizes["data"] == 1:
+        found.append({"slice_fsdp": slices})
+    if "stage" in axes:
+        found.append({"stage": slices * sizes.get("stage", 1)})
+    return found
 
 
 def _with_options(sizes: dict[str, int], rows: int) -> list[Candidate]:
@@ -184,7 +197,7 @@ def _with_options(sizes: dict[str, int], rows: int) -> list[Candidate]:
     rules = ["fsdp_tensor"]
     if tensor > 1:
         rules.append("fsdp_tensor_sequence")
-    if fsdp == 1 and sizes["data"] > 1:
+    if fsdp == 1 and sizes["data"] > 1 and "slice_fsdp" not in sizes:
         rules.append("zero1_tensor" if tensor > 1 else "zero1")
     shards = math.prod(sizes.get(a, 1) for a in (*SLOW, "data", "fsdp", "expert"))
     each = rows // shards

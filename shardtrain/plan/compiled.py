@@ -12,7 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.errors import DataError, MeshError
-from shardtrain.mesh import Target, device_of
+from shardtrain.mesh import Target, chip_of, device_of
 from shardtrain.plan import aot, hlo
 from shardtrain.plan.lines import naming_lines
 from shardtrain.plan.options import compile_with, options_for
@@ -128,8 +128,10 @@ class Compiled:
         self.executable: Any
         if target is None:
             platform = "cuda" if self.platform == "gpu" else self.platform
-            wanted = options_for(platform, options)
-            self._jitted, self.lowered, self.executable = compile_with(here, wanted, platform)
+            found = chip_of(device_of(plan.mesh))
+            chip = found.name if found else ""
+            wanted = options_for(platform, options, chip=chip)
+            self._jitted, self.lowered, self.executable = compile_with(here, wanted, platform, chip)
             return
         self.lowered = jitted(None)[1].lower(lowering_platforms=(target.platform,))
         module = self.lowered.compiler_ir("stablehlo")

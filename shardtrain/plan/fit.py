@@ -72,6 +72,7 @@ def fit(
     groups: int | None = None,
     schedule: Any = "1f1b",
     precision: str = "f32",
+    quant: str | None = None,
     param_dtype: str | None = None,
     annotations: Any = None,
     trainable: Any = None,
@@ -98,8 +99,8 @@ def fit(
     """Train a model on a mesh. The same call with the same `output` goes on where it stopped.
 
     Args:
-        model, loss_fn, optimizer, mesh, rules, microbatches, groups, schedule, precision, param_dtype,
-            annotations, trainable, learning_rate, attention, guard: see `st.plan`.
+        model, loss_fn, optimizer, mesh, rules, microbatches, groups, schedule, precision, quant,
+            param_dtype, annotations, trainable, learning_rate, attention, guard: see `st.plan`.
         data: a loader, a dict of arrays, or any iterable of batches (dicts or tuples of arrays, NumPy or
             PyTorch on the CPU).
         steps: train up to this step.
@@ -137,6 +138,7 @@ def fit(
         groups=groups,
         schedule=schedule,
         precision=precision,
+        quant=quant,
         param_dtype=param_dtype,
         annotations=annotations,
         trainable=trainable,

@@ -134,15 +134,35 @@ def group_loss(model: Model, loss_fn: Callable[..., Any], rows: int, *, train: b
     arity = _arity(loss_fn)
 
     def loss(params: Any, frozen: Any, variables: Any, key: jax.Array, batch: Any) -> tuple[Loss, Any]:
-        from flax import nnx
-
-        state = {FROZEN: frozen, VARIABLES: variables}
-        bound = model.bind(params, state, jax.random.fold_in(key, 0), train)
-        rngs = (nnx.Rngs(jax.random.fold_in(key, 1)),) if arity > 2 else ()
-        result = as_loss(loss_fn(bound, batch, *rngs), rows)
+        bound, rngs = _bound(model, params, frozen, variables, key, train)
+        result = as_loss(loss_fn(bound, batch, *[rngs][: arity - 2]), rows)
         return result, model.variables(bound)
 
     return loss
+
+
+def _bound(
+    model: Model, params: Any, frozen: Any, variables: Any, key: jax.Array, train: bool
+) -> tuple[Any, Any]:
+    """The model of one group, and its random streams."""
+    from flax import nnx
+
+    state = {FROZEN: frozen, VARIABLES: variables}
+    bound = model.bind(params, state, jax.random.fold_in(key, 0), train)
+    return bound, nnx.Rngs(jax.random.fold_in(key, 1))
+
+
+def group_choices(model: Model, loss_fn: Any) -> Any:
+    """What the model decides for each token of one group (the experts that it takes), as a pure function of arrays like
+    `group_loss`; None of a loss that does not say."""
+    if not hasattr(loss_fn, "choices"):
+        return None
+
+    def choices(params: Any, frozen: Any, variables: Any, key: jax.Array, batch: Any) -> Any:
+        bound, rngs = _bound(model, params, frozen, variables, key, True)
+        return loss_fn.choices(bound, batch, rngs)
+
+    return choices
 
 
 def _arity(loss_fn: Callable[..., Any]) -> int:
@@ -173,16 +193,23 @@ class Seen:
 
 
 def watch(
-    loss: Any, params: Any, model_state: Any, batch: Any, rules: Rules, mesh: AnyMesh | None = None
+    loss: Any,
+    params: Any,
+    model_state: Any,
+    batch: Any,
+    rules: Rules,
+    mesh: AnyMesh | None = None,
+    quant: str | None = None,
 ) -> Seen:
     """Trace the loss once on shapes alone; finds its mistakes early.
 
     Raises:
         ShardingError: a constraint that cannot be on this mesh, with the user's line.
+        ConfigError: `quant`, and a model without a product that can be rounded.
     """
     sizes = {} if mesh is None else dict(mesh.shape)
     manual = frozenset() if mesh is None else frozenset(rules.manual_axes(mesh))
-    seen = context.Layout(mesh=None, activations=rules.activations, manual=manual, sizes=sizes)
+    seen = context.Layout(mesh=None, activations=rules.activations, manual=manual, sizes=sizes, quant=quant)
     with context.use(seen), naming_lines():
         jaxpr, (result, variables) = jax.make_jaxpr(loss, return_shape=True)(
             params, model_state.get(FROZEN, {}), model_state.get(VARIABLES, {}), jax.random.key(0), batch
@@ -205,6 +232,13 @@ def watch(
             where="model",
             why="what mixes tokens in another way would see only the tokens of its own device",
             fix=f"st.attention(q, k, v) in the model, or {divided[0]}=1",
+        )
+    if quant is not None and not seen.products:
+        raise ConfigError(
+            f"'{quant}', and no product of this model can be rounded",
+            where="quant",
+            why="rounded are the attention and MLP of shardtrain.models; a product of your own is not seen as one",
+            fix="no quant, and qwix inside the model itself",
         )
     used = uses(jaxpr.jaxpr, [*flatten(params), *flatten(model_state.get(FROZEN, {}))])
     rows = collections.Counter[str]()

@@ -16,6 +16,7 @@ from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.attention import MODES
 from shardtrain.parallel.precision import dtype_of, wide
 from shardtrain.parallel.presets import PRESETS, fsdp_tensor
+from shardtrain.parallel.quantised import check_quant
 from shardtrain.parallel.schedules import Schedule
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.given import (
@@ -46,6 +47,7 @@ def plan(
     microbatches: int = 1,
     groups: int | None = None,
     precision: str = "f32",
+    quant: str | None = None,
     wire_dtype: Any = None,
     reduce_dtype: Any = None,
     param_dtype: str | None = None,
@@ -72,6 +74,8 @@ def plan(
             groups, one after the other, so G may be more than `microbatches` asks for, never less.
         precision: of the loss: "f32", "bf16" (parameters are cast), or "f64" for everything, to compare (needs JAX's
             64 bits).
+        quant: "int8" or "fp8": products of the weights of our models' blocks, forward and backward, with operands of 8 bits;
+            see `parallel/quantised.py`. Needs the extra `quant`. None: in `precision`.
         wire_dtype: of gathered weights; default: the compute dtype, float32 on CPU.
         reduce_dtype: of the reduction of gradients; default: float32, float64 under "f64".
         param_dtype: "f32", "bf16" or "f64", of parameters at rest; default: as the model has them, "f64" under "f64". The
@@ -99,6 +103,7 @@ def plan(
         microbatches=microbatches,
         groups=groups,
         precision=precision,
+        quant=quant,
         wire_dtype=wire_dtype,
         reduce_dtype=reduce_dtype,
         param_dtype=param_dtype,
@@ -115,6 +120,7 @@ def plan(
     reduce_dtype = reduce_dtype or wide(jnp.dtype(compute))
     one_of("attention", attention, dict.fromkeys(MODES))
     layouts.check_mesh(mesh, rules)
+    check_quant(quant, mesh.shape, rules.sequence_axes(mesh))
     guard = None if guard is None or guard.on_bad == "off" else guard
     abstract_batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(tuple(x.shape), device_dtype(x.dtype)),
@@ -142,7 +148,7 @@ def plan(
     layouts.check_names(named, axes, placing, mesh)
     wire = wire_dtype or (wide(jnp.dtype(compute)) if device_of(mesh).platform == "cpu" else compute)
     loss = group_loss(adapted, loss_fn, rows // groups, train=True)
-    seen = watch(loss, params, model_state, group_batch, rules, mesh)
+    seen = watch(loss, params, model_state, group_batch, rules, mesh, quant)
     check_stacks(seen, named)
     leaves = layouts.parameter_leaves(
         named,
@@ -162,6 +168,7 @@ def plan(
         microbatches=calls,
         groups=groups,
         precision=precision,
+        quant=quant,
         kept=kept,
         batch=abstract_batch,
         global_batch=rows,

@@ -25,6 +25,8 @@ attention    over a divided sequence (context): keys and values reach every devi
 activations  see `plan/traffic.py`: 2f*A for every activation A that crosses tensor; f*A to gather and f*A to
              scatter where the residual stream is divided along the sequence, and f*A more for every input that
              the backward gathers again. Korthikanti et al. (arXiv 2205.05198).
+             In 8 bits the scales of such a product too: 2f * 4 bytes for each of its rows (8 in float64). Those of its
+             weight's columns are left out: one row of activations has as many values.
 experts      tokens go to the devices that hold their experts and come back, and so do both gradients: four all-to-alls
              of f*S*D over expert, for S places of the capacity (whether taken or not), or without drops S = T*k choices,
              if they are spread evenly. Lepikhin et al., GShard (arXiv 2006.16668), section 3.
@@ -53,6 +55,7 @@ from jax.sharding import PartitionSpec
 from shardtrain.parallel.expert import AXIS
 from shardtrain.parallel.fsdp import across
 from shardtrain.parallel.pipeline import Pipeline
+from shardtrain.parallel.precision import wide
 from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.layout import Leaf, in_stack
 from shardtrain.plan.model import FROZEN
@@ -169,7 +172,8 @@ def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
         if pipe.owns(path):
             held = path in plan.held_leaves
             size = _size(plan, leaf) / (1 if held else _parts(plan, leaf.shard.axes))
-            width = (jnp.dtype(plan.compute) if held else leaf.dtype).itemsize + 4 * (path in trained)
+            width = (jnp.dtype(plan.compute) if held else leaf.dtype).itemsize
+            width += jnp.dtype(wide(leaf)).itemsize * (path in trained)
             add(
                 "layers to their stages and back",
                 "collective-permute",
@@ -323,8 +327,11 @@ def _activations(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
     else:
         add("activations forward", "all-reduce", axes, 2 * share * outputs, "2f*A per output")
         add("activations backward", "all-reduce", axes, 2 * share * inputs, "2f*A per input")
+    if plan.quant is not None:
+        scales = calls * sum(e.scales * (1 + _run_again(plan) * e.forward) for e in carried.edges)
+        add("scales of rounded products", "all-reduce", axes, 2 * share * scales, "2f * a scalar a row")
     scalars = calls * carried.total("head")
-    add("softmax of the head", "all-reduce", axes, 3 * 2 * share * scalars, "2f * 3 float32 scalars a token")
+    add("softmax of the head", "all-reduce", axes, 3 * 2 * share * scalars, "2f * 3 scalars a token")
 
 
 def _attention(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:

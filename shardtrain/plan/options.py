@@ -1,4 +1,4 @@
-"""Compiler options that every compilation starts from, by platform.
+"""Compiler options that every compilation starts from, by platform, and by chip where only some have them.
 
 Each moved bytes, or bytes under which something else runs; `benchmarks/overlap.py` has the figures. What the user says
 wins: `plan.compile(options={name: value})`, None to leave one of ours out, or the same name in `XLA_FLAGS` or
@@ -17,9 +17,6 @@ log = logging.getLogger("shardtrain")
 
 OPTIONS: dict[str, dict[str, str]] = {
     "tpu": {
-        # All-reduces start early and end late: under tensor half of their bytes, which were all waited for.
-        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-        "xla_enable_async_all_reduce": "true",
         # Reduce-scatters in the layout that their users want: without, fsdp sends a copy of each remainder.
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
         "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
@@ -27,6 +24,11 @@ OPTIONS: dict[str, dict[str, str]] = {
         # No products in pieces (collective matmul): a ring of n sends (n+1)/(n-1) of what a reduce-scatter does. For
         # models that leave the edges of their blocks to the partitioner; ours write them by hand, and it moves nothing there.
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    },
+    "v5e": {  # on other TPUs the compiler refuses them
+        # All-reduces start early and end late: under tensor half of their bytes, which were all waited for.
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+        "xla_enable_async_all_reduce": "true",
     },
     "cuda": {},  # its compiler starts nearly everything early by itself
     "cpu": {},
@@ -40,11 +42,15 @@ def heard() -> list[str]:
     return [os.environ.get(name, "") for name in _HEARD]
 
 
-def options_for(platform: str, given: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Ours, but for what the user's environment says, under what was given. `platform`: tpu, cuda or cpu."""
+def options_for(platform: str, given: Mapping[str, Any] | None = None, *, chip: str = "") -> dict[str, str]:
+    """Ours, but for what the user's environment says, under what was given. `platform`: tpu, cuda or cpu; `chip`: `v5e`."""
     said = set(re.findall(r"--(\w+)", " ".join(heard())))
-    start = {name: value for name, value in OPTIONS[platform].items() if name not in said}
+    start = {name: value for name, value in _ours(platform, chip).items() if name not in said}
     return {name: str(v) for name, v in {**start, **(given or {})}.items() if v is not None}
+
+
+def _ours(platform: str, chip: str) -> dict[str, str]:
+    return {**OPTIONS[platform], **OPTIONS.get(chip, {})}
 
 
 def as_value(text: str) -> str | bool:
@@ -53,7 +59,10 @@ def as_value(text: str) -> str | bool:
 
 
 def compile_with[T](
-    compiler: Callable[[dict[str, str | bool]], T], options: Mapping[str, str], platform: str
+    compiler: Callable[[dict[str, str | bool]], T],
+    options: Mapping[str, str],
+    platform: str,
+    chip: str = "",
 ) -> T:
     """`compiler(options)`; of ours, those that this version of the compiler does not know are left out, with a line in
     the log. One that the user gave is an error."""
@@ -64,7 +73,8 @@ def compile_with[T](
         except Exception as error:
             unknown = re.search(r"No such compile option: '(\w+)'", str(error))
             name = unknown.group(1) if unknown else ""
-            if OPTIONS[platform].get(name) is None or left.get(name) != OPTIONS[platform][name]:
+            ours = _ours(platform, chip)
+            if ours.get(name) is None or left.get(name) != ours[name]:
                 raise
             log.warning("this compiler has no option %s: left out", name)
             del left[name]

@@ -24,6 +24,7 @@ import jax
 
 from shardtrain.errors import CompileError
 from shardtrain.mesh import Target
+from shardtrain.parallel.fused import on_paper
 from shardtrain.plan.compiled import lower_step
 from shardtrain.plan.hlo import Collectives, replica_groups
 from shardtrain.plan.liveness import FUSED, Live, live
@@ -99,7 +100,8 @@ def partition(plan: Plan, target: Target) -> Partitioned:
     """
     if _MISSING:
         raise CompileError(_MISSING, where=f"target {target}", fix="the versions of JAX that are tested")
-    lowered = lower_step(plan, target.platform)
+    with on_paper():
+        lowered = lower_step(plan, target.platform)
     paper = divide(lowered.compiler_ir("stablehlo"), dict(plan.mesh.shape), f"target {target}")
     flops, collectives = count(paper)
     return Partitioned(

@@ -23,15 +23,16 @@ from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
 from shardtrain.plan.given import (
     Seen,
+    group_choices,
     group_loss,
 )
-from shardtrain.plan.model import Model, initial
+from shardtrain.plan.model import FROZEN, VARIABLES, Model, initial
 from shardtrain.plan.staged import part_functions
 from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.guard import Guard, memory
 from shardtrain.train.state import TrainState, cursor_words
-from shardtrain.train.step import StepParts, evaluate_step, field_spec, gradients, train_step
+from shardtrain.train.step import StepParts, choices, evaluate_step, field_spec, gradients, train_step
 from shardtrain.tree import flatten
 
 log = logging.getLogger("shardtrain")
@@ -43,7 +44,7 @@ class Plan:
 
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
     `leaves`: path of a parameter -> shape, logical axes, spec. `seen`: what the first trace told.
-    `groups`, `microbatches`: see `plan`. `kept`: dtype of parameters at rest, None: the model's. `pipeline`: where the
+    `groups`, `microbatches`, `quant`: see `plan`. `kept`: dtype of parameters at rest, None: the model's. `pipeline`: where the
     mesh has stages. `guard`: None looks at no step. `again`: the same plan on another mesh.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     microbatches: int
     groups: int
     precision: str
+    quant: str | None
     kept: Any
     batch: Any
     global_batch: int
@@ -243,6 +245,7 @@ class Plan:
                 frozenset(self.tables),
                 sequence=self.sequence_axes,
                 attention=self.attention,
+                quant=self.quant,
             ),
             batch_axes=self._batch_axes,
             sequence_axes=self.sequence_axes,
@@ -276,6 +279,17 @@ class Plan:
             self._parts(train=True), state.params, state.model_state, state.key, state.step, batch
         )
         return jax.tree.map(lambda g: g / scalars[1], grads), scalars[0] / scalars[1]
+
+    def choices(self, state: TrainState, batch: Any) -> jax.Array | None:
+        """int32 [rows, tokens, ...]: what routers decide for each token in this step; to be traced. None of a model without
+        them, and of a pipeline."""
+        choose, given = group_choices(self.adapter, self.loss_fn), self.abstract_state.model_state
+        if choose is None or self.pipeline is not None:
+            return None
+        rest = given.get(FROZEN, {}), given.get(VARIABLES, {}), jax.random.key(0), self.group_batch
+        if jax.eval_shape(choose, self.abstract_state.params, *rest) is None:
+            return None
+        return batches.natural(self, choices(self._parts(train=True), choose, state, batch))
 
     def compile(
         self,
@@ -372,6 +386,7 @@ class Plan:
             "microbatches": self.microbatches,
             "global_batch": self.global_batch,
             "precision": self.precision,
+            **({"quant": self.quant} if self.quant else {}),
             "parameters": self.parameter_count,
             "state_bytes_per_device": self.state_bytes,
             "versions": {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__},

@@ -212,8 +212,8 @@ def reason(entry: Entry, best: Entry | None) -> str:
 
 def _words(axes: frozenset[str]) -> str:
     model = sorted(axes & {"tensor", "stage", "context", "expert"})
-    batch = axes & {"slice", "data", "fsdp"}
-    divided = " with the state divided (fsdp)" if "fsdp" in axes else ""
+    batch = axes & {"slice", "slice_fsdp", "data", "fsdp"}
+    divided = " with the state divided (fsdp)" if axes & {"slice_fsdp", "fsdp"} else ""
     if not model:
         return f"data parallelism{divided}"
     kind = "hybrid parallelism, data" if batch else "model parallelism"

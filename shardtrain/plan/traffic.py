@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec
 from shardtrain.parallel.attention import KEYS, QUERIES
 from shardtrain.parallel.expert import OF_EXPERTS, SENT
 from shardtrain.parallel.lookup import LOOKED_UP
+from shardtrain.parallel.precision import wide
+from shardtrain.parallel.quantised import PRODUCT
 from shardtrain.plan.lines import equation_line
 from shardtrain.plan.model import FROZEN, VARIABLES
 from shardtrain.sharding import context
@@ -36,13 +38,15 @@ class Edge:
     `kind`: output (reduced forward), input (reduced backward), lookup (reduced forward), head (per token,
     scalars of a softmax over a divided vocabulary; `bytes` of one such scalar for all tokens). Queries, and keys (with
     values), of attention, and experts, what goes to them (`path` is empty): what a divided sequence, and an exchange
-    of tokens, have to move.
+    of tokens, have to move. `scales`: bytes of a scalar for each of its rows, of an edge at a product that
+    can be rounded.
     """
 
     kind: str
     path: str
     bytes: float
     forward: bool
+    scales: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +61,23 @@ class Traffic:
 
     def divided(self, stages: int) -> Traffic:
         """What stages carry on the mean: each its part of the layers, one the embedding and one the head."""
-        return Traffic(tuple(dataclasses.replace(e, bytes=e.bytes / stages) for e in self.edges))
+        less = lambda e: dataclasses.replace(e, bytes=e.bytes / stages, scales=e.scales / stages)  # noqa: E731
+        return Traffic(tuple(less(e) for e in self.edges))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
     """A value that is a parameter, moved or converted: which of its dims the axis divides.
 
-    `marked`: it went through `st.lookup`. `tokens`: of kernels of experts, how many they serve together.
+    `marked`: it went through `st.lookup`. `rounded`: it can be, see `parallel/quantised.py`.
+    `tokens`: of kernels of experts, how many they serve together.
     """
 
     path: str
     divided: frozenset[int] = frozenset()
     vocab: frozenset[int] = frozenset()
     marked: bool = False
+    rounded: bool = False
     tokens: int = 0
 
 
@@ -232,17 +239,19 @@ class _Walk:
             rows = math.prod(n for d, n in enumerate(shape) if d not in contracted[other])
             # Of what goes through experts, each token crosses once.
             share = weight.tokens / rows if weight.tokens else 1
+            scalar = float(jnp.dtype(wide(eqn.outvars[0].aval)).itemsize)
+            scales = scalar * times * rows if weight.rounded else 0.0
             if weight.divided & contracted[side]:
-                self.edges.append(Edge("output", weight.path, times * share * _bytes(eqn.outvars[0]), True))
+                sent = times * share * _bytes(eqn.outvars[0])
+                self.edges.append(Edge("output", weight.path, sent, True, scales))
             elif weight.divided:
                 root = ins[other].root
                 if ins[other].grad and ins[other].weight is None and root not in self._seen:
                     self._seen.add(root)
-                    self.edges.append(
-                        Edge("input", weight.path, times * share * _bytes(eqn.invars[other]), False)
-                    )
+                    sent = times * share * _bytes(eqn.invars[other])
+                    self.edges.append(Edge("input", weight.path, sent, False, scales))
                 if weight.divided & weight.vocab:
-                    self.edges.append(Edge("head", weight.path, times * rows * 4.0, True))
+                    self.edges.append(Edge("head", weight.path, times * rows * scalar, True))
 
     def _lookup(self, eqn: Any, weight: _Weight, times: int) -> None:
         self.uses.setdefault(weight.path, set()).add("lookup" if weight.marked else "gather")
@@ -252,10 +261,10 @@ class _Walk:
 
 
 def _inner(eqn: Any) -> Any:
-    """The jaxpr that a call, checkpoint or custom rule stands for."""
+    """The jaxpr that a call, checkpoint or custom rule stands for; a kernel's is of blocks, and not looked into."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         found = eqn.params.get(key)
-        if found is not None and eqn.primitive.name != "scan":
+        if found is not None and eqn.primitive.name not in ("scan", "pallas_call"):
             return getattr(found, "jaxpr", found)
     if eqn.primitive.name == "cond":
         return getattr(eqn.params["branches"][-1], "jaxpr", None)
@@ -275,6 +284,8 @@ def _moved(eqn: Any, weight: _Weight) -> _Weight | None:
     name = eqn.primitive.name
     if name == "name" and eqn.params["name"] == LOOKED_UP:
         return dataclasses.replace(weight, marked=True)
+    if name == "name" and eqn.params["name"] == PRODUCT:
+        return dataclasses.replace(weight, rounded=True)
     if name == "name" and eqn.params["name"].startswith(OF_EXPERTS):
         return dataclasses.replace(weight, tokens=int(eqn.params["name"].removeprefix(OF_EXPERTS)))
     if name in _SAME or name in ("slice", "dynamic_slice"):

@@ -8,6 +8,9 @@ compute, but for the order in which sums are rounded. Compared are, over the sam
 - loss and global gradient norm of every step;
 - every parameter and optimizer leaf after the last step.
 
+Of a model with experts those choices of the first step are counted that went to another expert than on one device: a near
+tie that rounding decides otherwise is a difference of its own, and no tolerance is meant for it.
+
 Differences are norms of the difference. Gradients are held against the leaf's own norm, with a floor at the rounding
 of the global norm: some are zero in theory (a key bias of attention), and their own relative error is noise over noise.
 Parameters and optimizer state are held against the global norm. Held by tests/parity/test_verify.py.
@@ -28,6 +31,7 @@ import optax
 from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import make_mesh
 from shardtrain.parallel.precision import dtype_of, wide
+from shardtrain.parallel.quantised import check_quant
 from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.given import batch_spec
 from shardtrain.plan.make import plan
@@ -50,14 +54,29 @@ BOUNDS = {
     "f64": Bounds(1e-12, 1, 1, float(np.finfo(np.float64).eps)),
     "f32": Bounds(1e-5, 1, 10, float(np.finfo(np.float32).eps)),
     "bf16": Bounds(5e-2, 0.1, 1, float(jnp.finfo(jnp.bfloat16).eps)),
+    "int8": Bounds(3e-2, 0.1, 1, float(np.finfo(np.float32).eps)),
+    "fp8": Bounds(1e-1, 0.1, 1, float(np.finfo(np.float32).eps)),
 }
-"""By precision. In 16 bits two orders of a sum differ by as much as a small fault: a bound on sanity alone."""
+"""By precision. In 16 bits two orders of a sum differ by as much as a small fault: a bound on sanity alone.
+
+In 8 bits (`quant`) a last bit can move a value to its neighbour, layer after layer: two layouts may come to differ by as
+much as both do from float32, 1.3% (int8) and 5% (fp8) of a gradient's norm on a small GPT. In f64 no bit is near enough to
+move one, so there the bound is that of f64."""
+
+
+def bounds_of(precision: str, quant: str | None) -> Bounds:
+    """Of a comparison in this precision, with products in 8 bits or None."""
+    bounds = BOUNDS[precision]
+    if quant is None or precision == "f64":
+        return bounds
+    return dataclasses.replace(max(bounds, BOUNDS[quant], key=lambda b: b.gradients), eps=bounds.eps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
     """One layout against one device. Differences are relative; `first_difference` names the first leaf over its
-    tolerance, or says why the layout cannot be."""
+    tolerance, or says why the layout cannot be. `flips`: of the choices of experts in the first step, by token, layer and
+    place, those that the reference did not make; None of a model that makes none, and of a pipeline."""
 
     layout: str
     mesh: dict[str, int]
@@ -69,6 +88,7 @@ class Compared:
     gradients: float | None
     parameters: float | None
     optimizer: float | None
+    flips: int | None
     equal: bool | None
     first_difference: str | None
     seconds: float
@@ -96,12 +116,14 @@ class Verification:
 
     def __str__(self) -> str:
         number = lambda x: "" if x is None else f"{x:.1e}"  # noqa: E731
+        plain = all(c.flips is None for c in self.layouts)
         verdict = {True: "equal", False: "DIFFERS", None: "cannot be"}
         rows = [
             (
                 c.layout,
                 verdict[c.equal],
                 *(number(x) for x in (c.gradients, c.loss, c.grad_norm, c.parameters, c.optimizer)),
+                *([] if plain else ["" if c.flips is None else str(c.flips)]),
                 c.first_difference or "",
             )
             for c in self.layouts
@@ -114,6 +136,7 @@ class Verification:
             "grad norm",
             "parameters",
             "optimizer",
+            *([] if plain else ["flips"]),
             "first difference",
         )
         count = sum(c.equal is not None for c in self.layouts)
@@ -138,6 +161,7 @@ def verify(
     groups: int = 1,
     seed: int = 0,
     precision: str = "f32",
+    quant: str | None = None,
     tolerance: float | None = None,
     devices: Sequence[Any] | None = None,
     say: Callable[[Compared], None] | None = None,
@@ -151,10 +175,10 @@ def verify(
         layouts: names such as `data2-fsdp4` or `tensor8+tensor_sequence`; see `plan.candidates`.
         steps: of the comparison.
         groups: at least so many, as in a config; each layout takes the next multiple of its batch shards x microbatches.
-        precision: of the comparison, see `st.plan`; "f64" needs JAX's 64 bits.
-        tolerance: of gradients; default 1e-12 in f64, 1e-5 in f32, 0.05 in bf16. Losses and norms within it (in bf16 a
-            tenth of it) over 10 steps and ten times that after; parameters and optimizer state within it (in f32 ten
-            times it).
+        precision, quant: of the comparison, see `st.plan`; "f64" needs JAX's 64 bits.
+        tolerance: of gradients; default 1e-12 in f64, 1e-5 in f32, 0.05 in bf16, 0.03 in int8, 0.1 in fp8. Losses and
+            norms within it (in bf16 and 8 bits a tenth of it) over 10 steps and ten times that after; parameters and
+            optimizer state within it (in f32 ten times it).
         devices: defaults to all; the reference runs on the first.
         say: called with each result as it comes.
 
@@ -166,7 +190,8 @@ def verify(
     """
     here = list(jax.devices() if devices is None else devices)
     dtype_of("precision", precision)
-    bounds = BOUNDS[precision]
+    check_quant(quant, {}, ())
+    bounds = bounds_of(precision, quant)
     if tolerance is not None:
         bounds = dataclasses.replace(bounds, gradients=tolerance)
     wanted = [Candidate.parse(c) if isinstance(c, str) else c for c in layouts]
@@ -184,13 +209,16 @@ def verify(
             mesh=make_mesh(devices=use, **sizes),
             groups=count,
             precision=precision,
+            quant=quant,
             **options,
             **more,
         )
 
     def one(candidate: Candidate) -> Compared:
         start = time.monotonic()
-        blank: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "gradients", "parameters", "optimizer"))
+        blank: dict[str, Any] = dict.fromkeys(
+            ("loss", "grad_norm", "gradients", "parameters", "optimizer", "flips")
+        )
         more = candidate.options
         asked, common = more.pop("microbatches"), (candidate.name, candidate.mesh, candidate.rules)
         try:
@@ -217,7 +245,9 @@ def verify(
         results.append(one(candidate))
         if say is not None:
             say(results[-1])
-    text = f"one device with the same groups, {steps} steps, {precision}"
+    text = (
+        f"one device with the same groups, {steps} steps, {precision}{f', {quant} products' if quant else ''}"
+    )
     return Verification(tuple(results), text, bounds.gradients)
 
 
@@ -241,6 +271,7 @@ class _Trained:
     norms: np.ndarray
     params: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]
+    choices: np.ndarray | None = None
 
 
 def _record() -> optax.GradientTransformation:
@@ -260,6 +291,7 @@ def _train(made: Plan, batches: Sequence[Any], steps: int, seed: int) -> _Traine
     step, state = made.compile(), made.init(seed)
     whole = lambda tree: jax.device_get(flatten(tree))  # noqa: E731
     first: dict[str, np.ndarray] = {}
+    choices = chosen(made, state, batches[0])
     losses, norms = [], []
     for index in range(steps):
         batch = batches[index % len(batches)]
@@ -276,7 +308,22 @@ def _train(made: Plan, batches: Sequence[Any], steps: int, seed: int) -> _Traine
         np.array(norms),
         whole(state.params),
         {k: v for k, v in whole(state.opt_state[1:]).items() if np.issubdtype(v.dtype, np.floating)},
+        choices,
     )
+
+
+def chosen(made: Plan, state: Any, batch: Any) -> np.ndarray | None:
+    """int [rows, tokens, layers, k]: the experts that each token takes in the step from this state; rows by group."""
+    rows = jax.tree.map(lambda x: np.asarray(x)[made.rows], batch)
+    found = jax.jit(made.choices)(state, made.put(rows))
+    return None if found is None else np.asarray(found)
+
+
+def flips(ours: np.ndarray | None, reference: np.ndarray | None) -> int | None:
+    """How many choices [..., k] are of an expert that is not among the reference's."""
+    if ours is None or reference is None:
+        return None
+    return int((ours[..., :, None] != reference[..., None, :]).all(-1).sum())
 
 
 def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, Any]:
@@ -298,6 +345,9 @@ def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, A
     ]
     # Not "greater than": a difference that is no number is one too.
     first = next((text for text, d, limit in checks if not d <= limit), None)
+    went = flips(ours.choices, reference.choices)
+    if first is not None and went:
+        first += f"; {went} choices went to another expert"
     worst = lambda values: float(np.max(list(values), initial=0.0))  # noqa: E731
     return {
         "loss": worst(loss),
@@ -305,6 +355,7 @@ def _compare(ours: _Trained, reference: _Trained, bounds: Bounds) -> dict[str, A
         "gradients": worst(gradients.values()),
         "parameters": worst(params.values()),
         "optimizer": worst(optimizer.values()),
+        "flips": went,
         "equal": first is None,
         "first_difference": first,
     }

@@ -54,7 +54,7 @@ def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, A
             return backend.compile(module, executable_devices=assigned, compile_options=options)
 
         started = time.perf_counter(), time.process_time()
-        executable = compile_with(compiled, request["options"], platform)
+        executable = compile_with(compiled, request["options"], platform, target.family)
         seconds = time.perf_counter() - started[0], time.process_time() - started[1]
     stats = executable.get_compiled_memory_stats()
     (folder / "program.txt").write_text(executable.hlo_modules()[0].to_string())

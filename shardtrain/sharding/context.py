@@ -28,6 +28,8 @@ class Layout:
     `params`: path of a parameter leaf -> how `gather` makes it whole (see `parallel/fsdp.py`).
     `sequence`: those of them that divide the sequence, in zig-zag (see `parallel/sequence.py`); `attention`: how
     its parts see each other. `attentions`: filled by `attention` in the first trace.
+    `quant`: what products of weights are rounded to (see `parallel/quantised.py`); `products`: filled by them in the first
+    trace.
     `exchanged`: paths of tables whose rows are exchanged. `lookups`: filled by `lookup` in the first trace.
     `gathered`: filled by `gather` with the path prefixes that the model makes whole itself.
     """
@@ -42,6 +44,8 @@ class Layout:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sequence: tuple[str, ...] = ()
     attention: str = "ring"
+    quant: str | None = None
+    products: list[str] = dataclasses.field(default_factory=list)
     attentions: list[Any] = dataclasses.field(default_factory=list)
 
 

@@ -143,7 +143,7 @@ def resolve(
         path: for messages.
         logical: one logical axis (or None) per dim; None for a leaf without metadata.
         rules: one map of `Rules`.
-        stacked: the leading dim is layers that a scan runs over; it is never spread.
+        stacked: the leading dim is layers that a scan runs over; like dims in `KEPT` it is never spread.
         table: its rows are looked up; it is spread along the last dim that divides.
 
     Raises:
@@ -193,7 +193,7 @@ def resolve(
     spread = tuple(a for a in rules.get(ANY, ()) if mesh.shape.get(a, 1) > 1 and a not in used)
     if spread and math.prod(shape) >= SMALL:
         count = math.prod(mesh.shape[a] for a in spread)
-        skip = {d for d, name in enumerate(names) if name == "layers"} | ({0} if stacked else set())
+        skip = {d for d, name in enumerate(names) if name in KEPT} | ({0} if stacked else set())
         free = [d for d in range(len(shape)) if d not in skip and not dims[d] and shape[d] % count == 0]
         if free:
             dim = (

@@ -85,9 +85,27 @@ def judge(guard: Guard, old: Memory, loss: jax.Array, norm: jax.Array) -> tuple[
     }
 
 
-def choose(bad: jax.Array, old: Any, new: Any) -> Any:
-    """The old tree after a bad step, else the new one."""
-    return jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
+def guarded(
+    guard: Guard,
+    state: TrainState,
+    new: tuple[Any, Any, Any],
+    metrics: Mapping[str, jax.Array],
+    tokens: jax.Array,
+) -> tuple[tuple[Any, Any, Any], Any, dict[str, jax.Array]]:
+    """Parameters, optimizer state and variables after a step, the state's own after a bad one; `grad_state`; and the
+    metrics that tell of it.
+
+    Args:
+        new: these three as the step made them. metrics: its `loss` and `grad_norm`.
+
+    Chosen on the devices: the next step is on its way before a host reads this one's numbers.
+    """
+    old = state.params, state.opt_state, state.model_state.get("variables", new[2])
+    reason, after = judge(guard, state.grad_state[KEY], metrics["loss"], metrics["grad_norm"])
+    bad = reason != TAKEN
+    kept = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
+    told = {"skipped": reason, "skips": after["row"], "tokens": jnp.where(bad, 0, tokens)}
+    return kept, {**state.grad_state, KEY: after}, told
 
 
 def pass_over(state: TrainState, rows: int) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -185,6 +185,28 @@ def gradients(
     return grads, scalars.sum(axis=0), new, names[0]
 
 
+def choices(parts: StepParts, choose: Callable[..., Any], state: TrainState, batch: Any) -> jax.Array:
+    """`choose(params, frozen, variables, key, rows) -> [rows, tokens, ...]` of every group, with what this step's loss
+    would get; [rows, tokens, ...] as devices hold them."""
+
+    def local(
+        params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
+    ) -> Any:
+        params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
+
+        def one(xs: Any) -> jax.Array:
+            group_rng = group_key(jax.random.wrap_key_data(key), step, xs[0])
+            whole = _whole(parts, params), _whole(parts, frozen)
+            return choose(*whole, model_state.get("variables", {}), group_rng, xs[1])
+
+        made = jax.lax.map(one, (groups, _rows(batch, parts)))
+        return made.reshape(-1, *made.shape[2:])
+
+    outs = field_spec(2, parts.batch_axes, parts.sequence_axes)
+    run = _on_devices(parts, local, outs)
+    return run(state.params, state.model_state, state.key, state.step, batch)
+
+
 def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     """`local(params, model_state, key, step, group ids, rows)` on every device's own rows and shards."""
 
@@ -321,18 +343,11 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, jax.tree.map(widen, params))
     params = optax.apply_updates(params, updates)
     metrics = {"loss": scalars[0] / weight, "grad_norm": optax.tree.norm(grads)}
-    grad_state, told = state.grad_state, {}
-    if (
-        guard is not None
-    ):  # no host in between: the next step is on its way before anybody reads this one's numbers
-        reason, memory = guards.judge(guard, grad_state[guards.KEY], metrics["loss"], metrics["grad_norm"])
-        bad = reason != guards.TAKEN
-        params = guards.choose(bad, state.params, params)
-        opt_state = guards.choose(bad, state.opt_state, opt_state)
-        if variables:
-            variables = guards.choose(bad, state.model_state["variables"], variables)
-        grad_state = {**grad_state, guards.KEY: memory}
-        told = {"skipped": reason, "skips": memory["row"], "tokens": jnp.where(bad, 0, scalars[1])}
+    grad_state, told = state.grad_state, dict[str, jax.Array]()
+    if guard is not None:
+        made = (params, opt_state, variables)
+        made, grad_state, told = guards.guarded(guard, state, made, metrics, scalars[1])
+        params, opt_state, variables = made
     metrics |= {"param_norm": optax.tree.norm(jax.tree.map(widen, params)), "tokens": scalars[1]}
     rate = learning_rate(opt_state, state.step)
     if rate is not None:

@@ -41,6 +41,10 @@ def test_ways_to_fit(config, as_json, monkeypatch):
     ways = found["ways_to_fit"]
     assert code == 1 and found["fits"] is False and 1 <= len(ways) <= 3
     assert all(way["peak"] <= less for way in ways)
+    assert all(way["saves"] == found["memory"]["peak"] - way["peak"] > 0 for way in ways)
+    assert all(
+        way["costs"] == pytest.approx(way["step_seconds"] - found["step_seconds"]["total"]) for way in ways
+    )
     assert [w["step_seconds"] for w in ways] == sorted(w["step_seconds"] for w in ways)
 
 

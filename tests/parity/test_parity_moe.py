@@ -4,11 +4,14 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from compare import EXPERT_LAYOUTS, GROUPS, Trained, assert_equal, difference, leaf_difference, planned, train
 from test_parity_language import batches
 
+import shardtrain as st
 from shardtrain.models import MoEConfig, build_model, language_model_loss
+from shardtrain.plan import verify as room
 from shardtrain.train import step as steps
 from shardtrain.tree import flatten
 
@@ -73,6 +76,53 @@ def test_first_step(name, layout, record_property):
     for metric in ("balance", "router_z", "dropped", "ce"):
         assert metrics[metric] == pytest.approx(expected[metric], rel=1e-5), metric
     assert (expected["dropped"] > 0) == (name == "capacity")
+
+
+@functools.cache
+def choices(name: str, layout: str | None) -> np.ndarray:
+    plan = planned(make(name), language_model_loss, batches(1)[0], layout)
+    return room.chosen(plan, plan.init(0), batches(1)[0])
+
+
+def test_choices_are_those_of_the_step():
+    """[rows, tokens, layers, k], as often as the load says; with the sequence in parts too. Failed once with the tokens in
+    the order of the devices."""
+    found, (_, _, state) = choices("dropless", None), first_step("dropless", None)
+    assert found.shape == (len(batches(1)[0]["tokens"]), 32, 1, 3)
+    counts = (found[..., 0, :, None] == np.arange(8)).sum((0, 1, 2)) / GROUPS
+    np.testing.assert_array_equal(counts[None], state["blocks/mlp/load"])
+    np.testing.assert_array_equal(choices("dropless", "expert-context"), found)
+
+
+def test_flips_are_counted():
+    """Each choice of an expert that the reference did not take, whatever their order; the comparison of gradients says how
+    many. Seen with a router that read 2% else on the layout: hundreds."""
+    reference = choices("dropless", None)
+    ours = np.sort(reference, -1)
+    assert room.flips(ours, reference) == 0 and room.flips(None, reference) is None
+    others = np.stack([np.setdiff1d(np.arange(8), token)[:2] for token in ours[0, :5, 0]])
+    ours[0, :5, 0, :2] = others
+    count = room.flips(ours, reference)
+    assert count == 10
+    one = lambda x, chosen: room._Trained({"w": np.array([x])}, {}, np.ones(1), np.ones(1), {}, {}, chosen)
+    found = room._compare(one(2.0, ours), one(1.0, reference), room.BOUNDS["f32"])
+    assert found["flips"] == count and not found["equal"]
+    assert found["first_difference"] == f"gradient of w: 1.0e+00; {count} choices went to another expert"
+
+
+@pytest.mark.slow
+def test_verify_counts():
+    result = st.verify(
+        make("capacity"),
+        language_model_loss,
+        optax.adamw(1e-3),
+        batches(1),
+        layouts=["fsdp2-expert4", "data8", "expert4-tensor2+x2"],
+        steps=2,
+        groups=GROUPS,
+    )
+    assert result.equal and [c["flips"] for c in result.as_json()["layouts"]] == [0, 0, 0], str(result)
+    assert "flips" in str(result)
 
 
 @pytest.mark.slow

@@ -354,5 +354,5 @@ def test_candidates():
 
 def test_nothing_compared_is_not_equal():
     """Failed once: a list of layouts none of which can be came out as equal, with exit code 0."""
-    refused = room.Compared("expert8", {"expert": 8}, "fsdp_tensor", 1, 0, *[None] * 6, "no experts", 0.0)
+    refused = room.Compared("expert8", {"expert": 8}, "fsdp_tensor", 1, 0, *[None] * 7, "no experts", 0.0)
     assert not room.Verification((refused,), "one device", 1e-5).equal

@@ -29,12 +29,14 @@ class RouterLoad(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """What one layer tells of one group, float32. `load`: [E], choices of each expert; `dropped`: of them, over capacity."""
+    """What one layer tells of one group, float32. `load`: [E], choices of each expert; `dropped`: of them, over capacity.
+    `chosen`: int32 [B, T, k], the experts of each token."""
 
     balance: jax.Array
     router_z: jax.Array
     load: jax.Array
     dropped: jax.Array
+    chosen: jax.Array
 
 
 class ExpertMlp(nnx.Module):
@@ -104,6 +106,7 @@ class ExpertMlp(nnx.Module):
             router_z_loss(logits),
             load(chosen, self.experts).astype(logits.dtype),
             dropped.astype(logits.dtype),
+            chosen.reshape(*x_BTD.shape[:2], self.chosen),
         )
         return (y if self.shared is None else y + self.shared(x_BTD)), told
 

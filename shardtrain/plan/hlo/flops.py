@@ -1,7 +1,8 @@
 """Floating-point operations of products, from shapes.
 
-Counted: `dot`, `convolution`, and the GPU's library calls for both (`__cublas$gemm`, `__cublas$lt$matmul`,
-`__cudnn$conv...`). Not visible in any text: fused attention kernels and kernels of one's own (Pallas, Triton).
+Counted: `dot`, `convolution`, the GPU's library calls for both (`__cublas$gemm`, `__cublas$lt$matmul`, `__cudnn$conv...`),
+and fused attention: cuDNN's, and on TPUs ours (`parallel/fused.py`), whose scope says whether it is causal. A causal one
+counts half of its scores. Not visible in any text: other kernels of one's own (Pallas, Triton).
 """
 
 from __future__ import annotations
@@ -31,7 +32,28 @@ def product_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> 
             return _dot(instruction, body, dims)
         if name.startswith("__cudnn$conv"):
             return _convolution(instruction, body)
+        if name.startswith("__cudnn$fmha"):
+            causal = re.search(r'"mask_type":\s*"\w*CAUSAL\w*"', instruction.rest) is not None
+            return _attention(instruction, 5 if "Backward" in name else 2, causal, length=1)
+        kernel = re.search(r"\bsplash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
+        scope = re.search(r"\b(causal|full)_attention\b", instruction.op_name)
+        if name == "tpu_custom_call" and kernel and scope:
+            return _attention(instruction, _SPLASH[kernel.group(1)], scope.group(1) == "causal", length=-2)
     return 0.0
+
+
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}  # products over all scores
+
+
+def _attention(instruction: Instruction, products: int, causal: bool, *, length: int) -> float:
+    """2 x products x queries x keys x width; `length`: which dim of the keys is their number."""
+    given = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", instruction.rest)
+    arrays = shapes(given.group(1)) if given else []
+    wide = [dims for kind, dims in arrays if kind in ("bf16", "f16", "f32") and len(dims) > 2]
+    if len(wide) < 2:
+        return 0.0
+    queries, keys = wide[:2]
+    return 2.0 * products * math.prod(queries) * keys[length] / (2 if causal else 1)
 
 
 def _dims(rest: str, key: str) -> list[int]:

@@ -11,7 +11,8 @@ from flax import nnx
 from shardtrain.models.layers.attention import SelfAttention
 from shardtrain.models.layers.dense import Dropout
 from shardtrain.models.layers.rotary import rotate
-from shardtrain.parallel.attention import attention, has_flash
+from shardtrain.parallel.attention import attention
+from shardtrain.parallel.fused import kernel_for
 
 
 def qkv(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32):
@@ -54,15 +55,15 @@ def test_scores_of_long_sequences_are_never_whole(length):
 
 def test_flash_only_where_it_exists():
     """Failed once on an AMD device, whose capability is no number."""
-    h100, v100 = (
-        types.SimpleNamespace(compute_capability="9.0"),
-        types.SimpleNamespace(compute_capability="7.0"),
+    h100, v100, amd = (
+        types.SimpleNamespace(compute_capability=c, platform="gpu") for c in ("9.0", "7.0", "gfx942")
     )
-    amd, cpu = types.SimpleNamespace(compute_capability="gfx942"), jax.devices()[0]
+    cpu = jax.devices()[0]
     narrow, wide = jnp.zeros((1, 1, 1, 64), jnp.bfloat16), jnp.zeros((1, 1, 1, 64))
-    assert has_flash(h100, narrow) and has_flash(h100, narrow.astype(jnp.float16))
-    assert not has_flash(h100, wide) and not has_flash(h100, narrow[..., :60])
-    assert not any(has_flash(device, narrow) for device in (v100, amd, cpu))
+    on = lambda device, x: kernel_for(device, x, x)
+    assert on(h100, narrow) == on(h100, narrow.astype(jnp.float16)) == "cudnn"
+    assert on(h100, wide) is None and on(h100, narrow[..., :60]) is None
+    assert not any(on(device, narrow) for device in (v100, amd, cpu))
 
 
 def test_grouped_queries_are_plain_heads_with_repeated_keys():

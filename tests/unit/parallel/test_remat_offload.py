@@ -1,15 +1,16 @@
 """What a remat policy says by name: what is saved, what is made again, what waits in the host's memory."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import shardtrain as st
-from shardtrain.errors import ConfigError
+from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.models import GPTConfig, build_model, language_model_loss
-from shardtrain.parallel.remat import policy, remat
+from shardtrain.parallel.remat import opaque, policy, remat
 
 ARGUMENTS = jnp.ones((8, 16)), jnp.linspace(-1, 1, 3 * 16 * 16).reshape(3, 16, 16)
 
@@ -39,6 +40,29 @@ def test_offloaded_by_name():
         np.testing.assert_allclose(
             gradient(name)(*ARGUMENTS), gradient("up,out")(*ARGUMENTS), rtol=1e-5, atol=1e-4
         )
+
+
+def test_what_the_cpu_makes_of_it():
+    """A program lowered for GPUs, with its transfers, through the CPU compiler: they are gone, and the gradients are those of
+    saving the value bit for bit. Where this fails, the backend can hold values on the host: let it (`remat._check_host`)."""
+    gradient = lambda name: jax.jit(jax.grad(loss(name), 1))
+    call = jax.export.DisabledSafetyCheck.custom_call("annotate_device_placement")
+    checks = [jax.export.DisabledSafetyCheck.platform(), call]
+    there = jax.export.export(gradient("up,out:offload"), platforms=["cuda"], disabled_checks=checks)(
+        *ARGUMENTS
+    )
+    lowered = jax.jit(there.call).lower(*ARGUMENTS)
+    assert lowered.as_text().count("annotate_device_placement") == 2
+    compiled = lowered.compile()
+    assert "annotate_device_placement" not in compiled.as_text() and "S(5)" not in compiled.as_text()
+    assert "pinned_host" in {m.kind for m in jax.devices()[0].addressable_memories()}
+    np.testing.assert_array_equal(compiled(*ARGUMENTS), gradient("up,out")(*ARGUMENTS))
+
+
+def test_in_a_vmap():
+    """Failed once with a NotImplementedError that said nothing."""
+    with pytest.raises(ShardTrainError, match=r"a jax\.vmap over 3"):
+        jax.vmap(opaque(jnp.sin))(jnp.ones((3, 2)))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,17 @@ NAME = "xla_enable_async_all_reduce"
 
 def test_what_the_user_says_wins(monkeypatch):
     """Environment over ours, arguments over both, None leaves one out. The fault in mind: ours written over theirs."""
-    assert options_for("tpu") == OPTIONS["tpu"] and NAME in OPTIONS["tpu"]
-    assert NAME not in options_for("tpu", {NAME: None})
+    assert options_for("tpu", chip="v5e") == {**OPTIONS["tpu"], **OPTIONS["v5e"]} and NAME in OPTIONS["v5e"]
+    assert NAME not in options_for("tpu", {NAME: None}, chip="v5e")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{NAME}=false")
-    assert NAME not in options_for("tpu")
-    assert options_for("tpu", {NAME: "true"})[NAME] == "true"
+    assert NAME not in options_for("tpu", chip="v5e")
+    assert options_for("tpu", {NAME: "true"}, chip="v5e")[NAME] == "true"
+
+
+def test_what_one_chip_takes_others_do_not_get():
+    """Other TPUs refuse early all-reduces: no program at all. Failed once with them in the options of every TPU."""
+    assert options_for("tpu", chip="v6e") == options_for("tpu") == OPTIONS["tpu"]
+    assert options_for("cpu", chip="") == {} and not {*OPTIONS["tpu"]} & {*OPTIONS["v5e"]}
 
 
 def compiler(unknown):
@@ -30,7 +36,7 @@ def compiler(unknown):
 
 def test_an_option_of_ours_that_a_compiler_lacks_is_left_out_aloud(caplog):
     with caplog.at_level(logging.WARNING, "shardtrain"):
-        assert NAME not in compile_with(compiler(NAME), options_for("tpu"), "tpu")
+        assert NAME not in compile_with(compiler(NAME), options_for("tpu", chip="v5e"), "tpu", "v5e")
     assert NAME in caplog.text
 
 
@@ -39,7 +45,7 @@ def test_an_option_of_the_user_that_a_compiler_lacks_is_an_error():
     with pytest.raises(RuntimeError, match="No such compile option: 'xla_speed'"):
         compile_with(compiler("xla_speed"), options_for("tpu", {"xla_speed": "true"}), "tpu")
     with pytest.raises(RuntimeError, match=NAME):
-        compile_with(compiler(NAME), options_for("tpu", {NAME: "false"}), "tpu")
+        compile_with(compiler(NAME), options_for("tpu", {NAME: "false"}), "tpu", "v5e")
 
 
 def test_truth_values_are_not_text():

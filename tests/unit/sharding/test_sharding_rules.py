@@ -37,6 +37,11 @@ def test_rules_are_values():
         ((512, 128), ("vocab", "embed"), P("tensor", "fsdp")),
         ((128,), ("embed",), P()),  # small: whole
         ((4, 2048), ("layers", "embed"), P(None, "fsdp")),  # never over layers
+        (
+            (8, 128, 64),
+            ("expert", "embed", None),
+            P(None, "fsdp"),
+        ),  # nor over experts, which are not gathered
         ((101, 4096), (None, None), P(None, "fsdp")),  # the dim that divides
         ((128, 512), None, P("fsdp")),
         ((101, 103), None, P()),
@@ -45,7 +50,7 @@ def test_rules_are_values():
     ],
 )
 def test_where_a_leaf_goes(mesh, shape, logical, spec):
-    """Failed once when "*" took the layers dim."""
+    """Failed once when "*" took the layers dim, and again when it took that of the experts."""
     assert resolve("leaf", shape, logical, RULES.params, mesh) == spec
 
 
