@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from shardtrain.checkpoint import Checkpointer, faults, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
-from shardtrain.errors import ConfigError
+from shardtrain.errors import CheckpointError, ConfigError
 from shardtrain.mesh import AnyMesh, chip_of, device_of
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
 from shardtrain.parallel.presets import fsdp_tensor
@@ -259,6 +259,10 @@ def fit_plan(
                 bad, why = back.step, back.why
             del state  # after the `except`, whose frames hold the old one too
             assert path is not None and checkpoints is not None
+            try:
+                checkpoints.wait()
+            except CheckpointError as error:  # of the save under way: there is one less to go back to
+                log.warning("%s", error)
             state = checkpoints.restore_or_init(made, seed)
             over.add(bad)
             _tell_rewind(path, bad, why, int(state), made.global_batch, display.say)

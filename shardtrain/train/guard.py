@@ -90,13 +90,12 @@ def guarded(
     state: TrainState,
     new: tuple[Any, Any, Any],
     metrics: Mapping[str, jax.Array],
-    tokens: jax.Array,
 ) -> tuple[tuple[Any, Any, Any], Any, dict[str, jax.Array]]:
     """Parameters, optimizer state and variables after a step, the state's own after a bad one; `grad_state`; and the
     metrics that tell of it.
 
     Args:
-        new: these three as the step made them. metrics: its `loss` and `grad_norm`.
+        new: these three as the step made them. metrics: its `loss`, `grad_norm`, `param_norm` and `tokens`.
 
     Chosen on the devices: the next step is on its way before a host reads this one's numbers.
     """
@@ -104,7 +103,14 @@ def guarded(
     reason, after = judge(guard, state.grad_state[KEY], metrics["loss"], metrics["grad_norm"])
     bad = reason != TAKEN
     kept = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
-    told = {"skipped": reason, "skips": after["row"], "tokens": jnp.where(bad, 0, tokens)}
+    told = {
+        "skipped": reason,
+        "skips": after["row"],
+        "tokens": jnp.where(bad, 0, metrics["tokens"]),
+        "param_norm": jnp.where(
+            bad, jnp.nan, metrics["param_norm"]
+        ),  # of the old ones it would be one more reduction
+    }
     return kept, {**state.grad_state, KEY: after}, told
 
 

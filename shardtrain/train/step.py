@@ -342,13 +342,17 @@ def train_step(
     params = state.params
     updates, opt_state = optimizer.update(grads, state.opt_state, jax.tree.map(widen, params))
     params = optax.apply_updates(params, updates)
-    metrics = {"loss": scalars[0] / weight, "grad_norm": optax.tree.norm(grads)}
+    metrics = {
+        "loss": scalars[0] / weight,
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(jax.tree.map(widen, params)),
+        "tokens": scalars[1],
+    }
     grad_state, told = state.grad_state, dict[str, jax.Array]()
     if guard is not None:
         made = (params, opt_state, variables)
-        made, grad_state, told = guards.guarded(guard, state, made, metrics, scalars[1])
+        made, grad_state, told = guards.guarded(guard, state, made, metrics)
         params, opt_state, variables = made
-    metrics |= {"param_norm": optax.tree.norm(jax.tree.map(widen, params)), "tokens": scalars[1]}
     rate = learning_rate(opt_state, state.step)
     if rate is not None:
         metrics["learning_rate"] = jnp.float32(rate)

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 import shardtrain as st
+from shardtrain.checkpoint import faults
 from shardtrain.errors import ConfigError, DataError, RunError
 from shardtrain.models import GPTConfig, build_model, language_model_loss
 from shardtrain.parallel.precision import widen
@@ -77,6 +79,18 @@ def trained(step, plan, batches):
     return state, jax.device_get(seen)
 
 
+def planned(name, guard):
+    return st.plan(
+        (lambda rngs: build_model(GPT, rngs)) if name == "stage" else Mlp,
+        language_model_loss if name == "stage" else mlp_loss,
+        optax.adamw(1e-2),
+        batch=st.batch_spec(**batch(name, 0)),
+        mesh=mesh_of(MESHES[name]),
+        groups=8,
+        guard=guard,
+    )
+
+
 TRACELESS = (
     "params",
     "model_state",
@@ -92,15 +106,7 @@ TRACELESS = (
 def test_a_skipped_batch_leaves_no_trace(name):
     """NaN at random steps, dropout on: every bit as if the batch had never come. Failed once with keys of the step's
     number, and once with the moments of Adam not put back."""
-    plan = st.plan(
-        (lambda rngs: build_model(GPT, rngs)) if name == "stage" else Mlp,
-        language_model_loss if name == "stage" else mlp_loss,
-        optax.adamw(1e-2),
-        batch=st.batch_spec(**batch(name, 0)),
-        mesh=mesh_of(MESHES[name]),
-        groups=8,
-        guard=st.Guard(),
-    )
+    plan = planned(name, st.Guard())
     step = plan.compile(donate=False)
     bad = set(np.random.default_rng(len(name)).choice(9, 4, replace=False).tolist())
     state, seen = trained(step, plan, [batch(name, i, i in bad) for i in range(9)])
@@ -226,6 +232,13 @@ def test_without_a_guard_the_program_is_what_it_was():
     assert program(guarded.step, guarded) != program(functools.partial(plain, guarded), guarded)
 
 
+def test_a_guard_sends_nothing():
+    """The same collectives with one as without: what it judges is there already. Failed once with the norm of the
+    parameters that were kept, which had to wait for the verdict."""
+    plain, guarded = (planned("fsdp", guard).compile().collectives() for guard in (None, st.Guard(spike=6)))
+    assert str(plain) == str(guarded) and "all-reduce" in str(plain)
+
+
 def fit(output, steps, *, bad=(), guard=None, every=3, batches=None, **options):
     """Rows that are all alike within a batch, whose sizes tell it; batch i (from 0) is NaN where it is in `bad`."""
     data = [{"x": np.full((ROWS, 8), np.nan if i in bad else 1 + 0.1 * i, np.float32)} for i in range(steps)]
@@ -310,6 +323,22 @@ def test_rewind_before_the_first_commit(clean, tmp_path, monkeypatch):
     run = fit(tmp_path, 12, guard=REWIND, every=None)
     assert bits(run.state, *TRACELESS) == bits(clean.state, *TRACELESS)
     assert json.loads((tmp_path / "passed_over.json").read_text())[0]["rewound_to"] == 0
+
+
+def test_rewind_while_a_save_fails(clean, tmp_path, monkeypatch, caplog):
+    """The save under way is lost, the one before is gone back to. Failed once with the failed save's error as the end."""
+    fill = faults.fill_disk
+
+    def late(checkpointer, saves):
+        fill(checkpointer, saves)
+        full = checkpointer.fault
+        checkpointer.fault = lambda: (time.sleep(1), full())  # after the loop has come to step 8
+
+    monkeypatch.setattr(faults, "fill_disk", late)
+    monkeypatch.setenv("SHARDTRAIN_INJECT", "disk-full@step=5:saves=1")
+    run = fit(tmp_path, 12, bad=[7], guard=REWIND)
+    assert "No space left" in caplog.text and "step 8: the loss is nan; back to step 3" in caplog.text
+    assert bits(run.state, *TRACELESS) == bits(clean.state, *TRACELESS)
 
 
 def test_rewind_refuses(tmp_path):
