@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shardtrain.errors import LaunchError, RunError
+from shardtrain.launch import certificates
 from shardtrain.launch.processes import (
     CANCELLED,
     DONE,
@@ -42,7 +43,8 @@ class Local:
 
     `devices_per_process`: simulated CPU devices or GPUs of each; None divides the config's simulated devices, or this
     machine's GPUs, evenly. `host`: where the coordinator listens, and nowhere else. `max_restarts`: at one number of
-    processes; with `elastic` the next smaller one follows. `grace`: seconds to save after a signal was passed on.
+    processes; with `elastic` the next smaller one follows. `mtls`: a folder with certificates (`certificates.py`), or "off";
+    one of them is asked for on several hosts. `grace`: seconds to save after a signal was passed on.
     `silence`: seconds that a phase may take before it counts as stuck, such as `data=60,alive=30`.
     """
 
@@ -59,6 +61,7 @@ class Local:
     hosts: int = 1
     host_index: int = 0
     coordinator: str = ""
+    mtls: str = ""
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -80,6 +83,15 @@ class Local:
             raise LaunchError(
                 f"{what} on {self.hosts} hosts", where="--hosts", fix="--coordinator FIRST_HOST:PORT"
             )
+        if self.hosts > 1 and not self.mtls:
+            raise LaunchError(
+                f"{self.hosts} hosts, and nothing keeps others from the coordinator",
+                where="--mtls",
+                fix="--mtls FOLDER, with certificates from `python -m shardtrain.launch.certificates FOLDER FIRST_HOST`"
+                " copied to each host; or --mtls off on a network of your own",
+            )
+        if self.mtls not in ("", "off"):
+            certificates.check(self.mtls)
         if not self.command:
             raise LaunchError("no command", where="launch local", fix="end with `-- train CONFIG`")
 
@@ -106,6 +118,8 @@ def starts(asked: Local, processes: int, attempt: int, port: int, beats: str = "
                 "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(index * each, (index + 1) * each))),
                 "SHARDTRAIN_TOTAL_DEVICES": str(total * each),
             }
+        if asked.mtls not in ("", "off"):
+            environment |= certificates.environment(os.path.abspath(asked.mtls))
         if asked.inject:
             environment["SHARDTRAIN_INJECT"] = asked.inject
         if asked.silence:
