@@ -33,7 +33,7 @@ def init_distributed(
     local_device_ids: Sequence[int] | None = None,
     *,
     initialization_timeout: int = 300,
-    heartbeat_timeout: int = 30,
+    heartbeat_timeout: int = 20,
 ) -> str:
     """Join the other processes of this run; does nothing where there is only one.
 

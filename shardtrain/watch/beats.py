@@ -21,8 +21,8 @@ FLOORS = {
     "dispatch": 15.0,
     "wait": 15.0,
     "hooks": 60.0,
-    "evaluate": 300.0,
-    "save": 300.0,
+    "evaluate": 600.0,
+    "save": 1800.0,
 }
 """Seconds that a phase may go without a sign of progress, at least."""
 

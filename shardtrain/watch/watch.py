@@ -22,10 +22,10 @@ from shardtrain.watch.board import FOLDER, Board, FolderBoard, Observer, where_i
 from shardtrain.watch.ledger import Ledger, read_goodput
 
 log = logging.getLogger("shardtrain")
-EVERY = 0.5  # seconds between beats; also how much of a killed attempt's time is told to `restart`
+EVERY = 0.5  # seconds between beats
 LAST_WORDS = 2.0  # seconds before leaving: JAX ends the others when one is gone, and they have to write too
 _WINDOW = 64
-_TABLE = 4  # beats between two tables
+_KEEP = 4  # beats between two writings of ledger and table, and, over hosts, between two looks at the service
 
 
 class Watch(contextlib.AbstractContextManager["Watch"]):
@@ -123,28 +123,28 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5.0)
-        self._tell(table=True)
+        self._tell(keep=True)
 
     def _beats(self) -> None:
         observer = Observer(self._board, time.monotonic) if self._judge and self._board else None
         count = 0
         while True:
-            self._tell(table=count % _TABLE == 0)
+            self._tell(keep=self._judge or count % _KEEP == 0)
             count += 1
             if observer is not None and (found := self._judged(observer)):
                 self._alarm(found)
                 return
-            if self._stop.wait(EVERY):
+            if self._stop.wait(EVERY * (_KEEP if self._judge else 1)):
                 return
 
-    def _tell(self, table: bool) -> None:
+    def _tell(self, keep: bool) -> None:
         try:
             beat = self.beat()
             if self._board is not None:
                 self._board.put(self.process, beat.text())
-            if self.process == 0 and self.run is not None and self.run.is_dir():
+            if keep and self.process == 0 and self.run is not None and self.run.is_dir():
                 self.ledger.write(self.run)
-                if table and self._board is not None:
+                if self._board is not None:
                     stragglers.write_table(self.run, filter(None, map(Beat.of, self._board.all())))
         except (
             OSError,

@@ -115,7 +115,7 @@ def test_hosts_without_a_common_launcher(folder, one_of):
         "--max-restarts",
         "0",
     ]
-    command += ["--silence", "dispatch=8,wait=8"]
+    command += ["--silence", "dispatch=8,wait=8", "--mtls", "off"]
     rest = ["--", "train", f"{folder / 'my.py'}:tiny", "--output", str(folder / "hosts")]
     pipe = subprocess.PIPE
     hosts = [
