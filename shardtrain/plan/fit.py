@@ -30,7 +30,7 @@ from shardtrain.train.hooks import as_hook
 from shardtrain.train.inject import Fault, injected
 from shardtrain.train.loop import Stopped, run_loop
 from shardtrain.train.replicas import Replicas
-from shardtrain.train.rewind import passing, record, recorded
+from shardtrain.train.rewind import FILE, passing, record, recorded
 from shardtrain.train.state import TrainState
 
 log = logging.getLogger("shardtrain")
@@ -225,8 +225,13 @@ def fit_plan(
         storage = None if checkpoints is None else functools.partial(_storage_fault, checkpoints)
         watch = None if made.guard is None else Watch(made.guard, made.global_batch, display.say)
         over = {entry["step"] for entry in recorded(path)} if path is not None else set()
-        result = None
-        while result is None:  # once, and again after each rewind
+        if made.guard is None and (left := sorted(step for step in over if step > resumed_from)):
+            raise ConfigError(
+                f"passes over {len(left)} steps to come, from {left[0]} on, and this run has no guard to do it",
+                where=f"{path}/{FILE}",
+                fix="guard.on_bad='skip' or 'rewind'; or remove the file to take these batches",
+            )
+        while True:  # again after each rewind
             first = int(state)
             for writer in all_writers:
                 writer.resume(first)
