@@ -20,6 +20,7 @@ COMMANDS = {
     "status": "what a run is doing",
     "logs": "the last lines of a run's processes",
     "stop": "have a run save and end",
+    "calibrate": "what this machine's devices reach, measured, for plan and search",
     "doctor": "devices, versions, and what is wrong with this machine",
 }
 

@@ -25,11 +25,13 @@ from shardtrain.errors import ConfigError, suggestion
 from shardtrain.launch import engines, local
 from shardtrain.launch.job import PROFILES, Job, read_profile
 from shardtrain.train.inject import parse
+from shardtrain.watch import parse_silence
 
 STARTS_ANOTHER = True
 KINDS = ("local", *engines.ENGINES)
 _NUMBERS = ("hosts", "devices_per_process", "max_restarts", "grace")  # of both
-_LOCAL = ("processes", "elastic", "output_logs", "host", "inject", "host_index", "coordinator")
+_LOCAL = ("processes", "elastic", "output_logs", "host", "inject", "silence", "host_index", "coordinator")
+_BOTH = ("mtls",)
 _TEXTS = ("name", "accelerator", "partition", "account", "time", "image")
 _LISTS = {"mount": "mounts", "setup": "setup", "flag": "flags"}
 _TABLES = {"env": "environment", "secret": "secrets", "set": "where"}
@@ -48,6 +50,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="to save after SIGTERM (default 60 here, 90 on a cluster)",
     )
+    add(
+        "--mtls",
+        metavar="on|off|FOLDER",
+        help="certificates for the coordinator: slurm and jobset make them (on, the default); local takes a FOLDER",
+    )
     add = parser.add_argument_group("local").add_argument
     add("--processes", type=int, metavar="N", help="on this machine (default 1)")
     add("--elastic", action="store_true", default=None, help="restarts used up: go on with fewer processes")
@@ -57,6 +64,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--inject",
         metavar="FAULT",
         help="such as kill@step=12:process=1; also stop, term, hang, slow, nan, corrupt, disk-full",
+    )
+    add(
+        "--silence",
+        metavar="PHASE=SECONDS",
+        help="data=60,alive=30: longer counts as stuck; learnt by default",
     )
     add("--host-index", type=int, metavar="I", help="which of --hosts this is")
     add("--coordinator", metavar="HOST:PORT", help="the first host, where there are several")
@@ -99,7 +111,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _local(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     parse(options.inject or "")
-    given = {n: getattr(options, n) for n in (*_NUMBERS, *_LOCAL) if getattr(options, n) is not None}
+    parse_silence(options.silence or "")
+    given = {n: getattr(options, n) for n in (*_NUMBERS, *_BOTH, *_LOCAL) if getattr(options, n) is not None}
     asked = local.Local(
         command=command_of(options.other, sys.executable),
         processes=given.pop("processes", 1),
@@ -121,7 +134,7 @@ def _local(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def _cluster(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     fields = read_profile(options.profile, options.profiles) if options.profile else {}
-    for name in (*_NUMBERS, *_TEXTS, "processes_per_host"):
+    for name in (*_NUMBERS, *_BOTH, *_TEXTS, "processes_per_host"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
     for flag, field in _LISTS.items():

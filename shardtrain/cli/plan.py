@@ -3,6 +3,7 @@
 shardtrain plan configs/gpt.py:tiny --mesh.tensor 8
 shardtrain plan configs/llama.py:b8 --target h100:8x8 --price 2.5
 shardtrain plan configs/llama.py:b8 --target h100:1x8,h100:2x8,h100:4x8
+shardtrain plan configs/llama.py:b8 --target h100:8x8 --html plan.html
 
 Without a target the step is compiled for the devices that the config asks for. With one it is partitioned on paper for
 hardware that need not be here: memory, FLOPs, bytes, predicted seconds; and compiled by the target's compiler where
@@ -31,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--constants", metavar="FILE", help="measured constants in place of assumed ones (JSON)"
     )
+    parser.add_argument("--html", metavar="FILE", help="the same as one page: placement, memory, seconds")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -42,6 +44,17 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     for flag, value in (("--price", options.price), ("--timeout", options.timeout)):
         if value is not None and not value > 0:
             raise ConfigError(f"{value}", where=flag, fix="a number over 0")
+    shell.check_place(options.html, "--html")
+    code, found = _found(options)
+    if options.html is not None:
+        from shardtrain.plan.picture import page
+
+        shell.write(options.html, page(found, f"shardtrain plan {options.config}"), "--html")
+        shell.say(f"written: {options.html}")
+    return code, found
+
+
+def _found(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if options.target is None:
         if options.price is not None or options.constants is not None:
             raise ConfigError("no target", where="--price, --constants", fix="--target h100:8x8")
@@ -173,6 +186,7 @@ def _here(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from shardtrain.config.build import build, make_plan
     from shardtrain.mesh import Target, chip_of
     from shardtrain.plan.forecast import bill
+    from shardtrain.plan.layout import placement
 
     pieces = build(config)
     made = make_plan(config, pieces)
@@ -189,6 +203,7 @@ def _here(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             print(
                 f"\n{made.pipeline.timeline()}\n\non paper: a backward is a forward again and as much for each of its halves"
             )
+    held = bill(made, Target(f"cpu:{made.mesh.size}"), None, source)
     flops = pieces.flops_per_row * made.global_batch if pieces.flops_per_row else None
     return shell.DONE, {
         "target": f"{name}:{made.mesh.size}",
@@ -199,15 +214,17 @@ def _here(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "parameters": made.parameter_count,
         "fits": memory["peak"] <= chip.hbm_bytes if chip else None,
         "memory": {
+            **{part: getattr(held, part) for part in ("parameters", "optimizer", "other", "batch", "held")},
             "arguments": memory["arguments"],
             "temporaries": memory["temporaries"],
             "peak": memory["peak"],
             "usable": chip.hbm_bytes if chip else None,
-            "by_module": bill(made, Target(f"cpu:{made.mesh.size}"), None, source).by_module,
+            "by_module": held.by_module,
         },
         "flops": flops,
         "collectives": collectives.as_json(),
         "layout": made.describe()["tree"],
+        "placement": placement(made.leaves, made.mesh),
         "step_seconds": None,
         "tokens_per_second": None,
         "mfu": None,

@@ -31,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--constants", metavar="FILE", help="measured constants in place of assumed ones (JSON)"
     )
     parser.add_argument("--write", metavar="FILE", help="the winner as a config that train takes (.json)")
+    parser.add_argument("--html", metavar="FILE", help="all layouts, and the winner, as one page")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         )
     if options.write and not pathlib.Path(options.write).resolve().parent.is_dir():
         raise ConfigError("cannot be written: no such folder", where=options.write, fix="another place")
+    shell.check_place(options.html, "--html")
     target = Target(options.target)
     constants = Constants.of(target, options.constants)
     config, _ = resolve(options.config, options.overrides)
@@ -79,4 +81,10 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if options.write and found.best is not None:
         write_winner(config, found, options.write)
         shell.say(f"written: shardtrain train {options.write}")
+    if options.html is not None:
+        from shardtrain.plan.picture import page
+
+        title = f"shardtrain search {options.config} --target {target}"
+        shell.write(options.html, page(found.as_json(), title), "--html")
+        shell.say(f"written: {options.html}")
     return shell.DONE if found.best is not None else shell.FOUND, found.as_json()

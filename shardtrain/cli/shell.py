@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -174,6 +175,45 @@ def unknown_command(name: str, commands: Iterable[str], arguments: list[str]) ->
         print(json.dumps({"error": error.as_json()}))
     print(f"ConfigError: {error}", file=sys.stderr)
     return WRONG_INPUT
+
+
+def check_place(file: str | None, flag: str) -> None:
+    """Before the work: whether a file can be written there.
+
+    Raises:
+        ConfigError: a folder, no folder around it, or one that is not ours to write in.
+    """
+    if file is None:
+        return
+    path = pathlib.Path(file)
+    problem = (
+        "is a folder"
+        if path.is_dir()
+        else "no such folder"
+        if not path.resolve().parent.is_dir()
+        else "not allowed"
+        if not os.access(path.resolve().parent, os.W_OK)
+        else ""
+    )
+    if problem:
+        raise ConfigError(f"cannot be written: {problem}", where=f"{flag} {file}", fix="another place")
+
+
+def write(file: str, text: str, flag: str) -> None:
+    """All of it or nothing: what was there before stays until the new one is whole.
+
+    Raises:
+        ConfigError: the disk does not take it.
+    """
+    path = pathlib.Path(file)
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, path)
+    except OSError as error:
+        work.unlink(missing_ok=True)
+        message = f"cannot be written: {error.strerror}"
+        raise ConfigError(message, where=f"{flag} {file}", fix="another place") from error
 
 
 def say(text: Any = "") -> None:

@@ -17,6 +17,7 @@ from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.launch import engines
 from shardtrain.launch.client import ask
 from shardtrain.launch.record import process_of, read_record
+from shardtrain.watch import goodput_lines, read_goodput, read_table, slow, table_lines
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +42,14 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if not options.json:
         for name, value in result.items():
             if value is not None:
-                print(f"{name:<12} {value}")
+                print(f"{name:<12} {value}" if name not in ("goodput", "processes") else _shown(name, value))
     return shell.DONE, result
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "goodput":
+        return goodput_lines(value)
+    return "\n".join(table_lines(value["seconds"]))
 
 
 def who_started(name: str) -> tuple[pathlib.Path | None, dict[str, Any]]:
@@ -78,6 +85,7 @@ def _progress(path: pathlib.Path) -> dict[str, Any]:
         if isinstance(row, dict) and "loss" in row:
             last, losses = row, row["loss"]
             break
+    spent, table = read_goodput(path), read_table(path)
     saved = [int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()]
     return {
         "step": last.get("step"),
@@ -85,4 +93,7 @@ def _progress(path: pathlib.Path) -> dict[str, Any]:
         "loss": losses,
         "seconds_ago": None if at is None else round(time.time() - at, 1),
         "checkpoint": max(saved, default=None),
+        "goodput": {k: spent[k] for k in ("wall_seconds", "goodput", "attempts", "parts")} if spent else None,
+        "processes": {"seconds": table, "slow": slow(table)} if table else None,
+        "stuck": [str(f) for f in sorted((path / "stuck").glob("*.txt"))] or None,
     }

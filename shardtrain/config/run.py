@@ -22,10 +22,11 @@ from shardtrain.config.load import difference, from_json, load_config, to_json
 from shardtrain.config.schema import LAYOUT_FIELDS, RunConfig
 from shardtrain.errors import ConfigError
 from shardtrain.launch.record import write_record
-from shardtrain.mesh import wait_for_all
+from shardtrain.mesh import gathered, wait_for_all
 from shardtrain.models import LanguageModel, generate
 from shardtrain.monitor import WandbWriter, loss_svg, sparkline, write_report
 from shardtrain.plan.fit import Run, fit_plan
+from shardtrain.watch import goodput_lines, read_goodput, read_table, table_lines
 
 FREE = (
     *LAYOUT_FIELDS,
@@ -55,6 +56,7 @@ def train(
         ConfigError: the folder holds a run that trains something else, or cannot be written.
         CheckpointError: another process is training in it.
     """
+    _same_config(config)
     path = pathlib.Path(config.output)
     refuse_if_held(path / "checkpoints")
     old = None if fresh else _saved(path)
@@ -117,6 +119,30 @@ def train(
         handler.close()
         if new and jax.process_count() == 1 and not (path / "config.json").exists():
             shutil.rmtree(path, ignore_errors=True)  # no run has begun: leave nothing half-written
+
+
+def _same_config(config: RunConfig) -> None:
+    """Raises:
+    ConfigError: a process was given another config, with the fields. Folders may have other names on other hosts.
+    """
+    if jax.process_count() == 1:
+        return
+    told = gathered(json.dumps(to_json(dataclasses.replace(config, output=""))))
+    usual = max(told, key=told.count)
+    others = [i for i, text in enumerate(told) if text != usual]
+    if not others:
+        return
+    one, other = (from_json(json.loads(text)) for text in (usual, told[others[0]]))
+    changed = difference(one, other, ("data.cache",))
+    if changed:
+        lines = "; ".join(f"{name} is {b!r}, elsewhere {a!r}" for name, (a, b) in list(changed.items())[:6])
+        raise ConfigError(
+            f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others))} of {len(told)} "
+            f"train{'s' if len(others) == 1 else ''} something else",
+            where="config",
+            why=lines,
+            fix="the same config, flags and files on every host",
+        )
 
 
 def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConfig:
@@ -247,6 +273,10 @@ def _sum_up(
         say(f"held-out loss {eval_points[-1][1]:.4f} nats per token{share}")
     if run.stopped != "done":
         say(f"{run.stopped} at step {run.step}; the same command goes on")
+    if table := read_table(run.path):
+        say("\n".join(table_lines(table)))
+    if spent := read_goodput(run.path):
+        say(goodput_lines(spent))
     say(f"checkpoint {run.path / 'checkpoints' / str(run.step)}")
     say(f"report     {run.path / 'report.html'}")
     say(f"curve      {run.path / 'loss.svg'}")

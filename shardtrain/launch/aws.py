@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from typing import Any
 
@@ -15,8 +14,8 @@ from shardtrain.launch.job import Job
 ENGINES = ("eks", "parallelcluster")
 
 
-def rendered(job: Job) -> tuple[list[str], str]:
-    """The command, and the text for its stdin.
+def rendered(job: Job, *, dry: bool = False) -> tuple[list[str], str]:
+    """The command, and the text for its stdin; `dry`: without secrets.
 
     Raises:
         LaunchError: another engine, or a ParallelCluster without its name.
@@ -24,7 +23,7 @@ def rendered(job: Job) -> tuple[list[str], str]:
     engine = job.where.get("engine", "eks")
     if engine == "eks":
         job = dataclasses.replace(job, where={**job.where, "provider": "eks"})
-        return jobset.command(job), json.dumps(jobset.manifest(job), indent=1)
+        return jobset.command(job), jobset.handed_over(job, dry=dry)
     if engine != "parallelcluster":
         raise LaunchError(f"'{engine}'", where="--set engine", fix=" or ".join(ENGINES))
     if "cluster" not in job.where:

@@ -40,9 +40,9 @@ def rendered(kind: str, job: Job) -> list[tuple[list[str], str]]:
     if kind == "slurm":
         return [(slurm.command(job), slurm.script(job))]
     if kind == "jobset":
-        return [(jobset.command(job), json.dumps(jobset.manifest(job), indent=1))]
+        return [(jobset.command(job), jobset.handed_over(job, dry=True))]
     if kind == "aws":
-        return [aws.rendered(job)]
+        return [aws.rendered(job, dry=True)]
     if kind == "sky":
         return [(sky.command(job), json.dumps(sky.task(job), indent=1))]
     return [(command, "") for phase in tpu_vm.commands(job).values() for command in phase]

@@ -23,7 +23,8 @@ class Job:
     `hosts` x `processes_per_host` processes of `devices_per_process` accelerators. `accelerator`: as the scheduler
     calls it. `setup`: shell lines before the command. `mounts`: in the scheduler's own spelling. `secrets`: variable ->
     reference, never a value. `flags`: raw ones for the scheduler or its client. `grace`: seconds between the warning
-    and the kill. `where`: cluster, zone, namespace: whatever the kind asks for (see each).
+    and the kill. `mtls`: "on" has the processes show each other a certificate of this job (`certificates.py`; slurm and
+    jobset), "off" trusts the network. `where`: cluster, zone, namespace: whatever the kind asks for (see each).
     """
 
     command: tuple[str, ...]
@@ -45,11 +46,14 @@ class Job:
     max_restarts: int = 3
     grace: int = 90
     port: int = 8476
+    mtls: str = "on"
 
     def __post_init__(self) -> None:
         for name in ("hosts", "processes_per_host", "devices_per_process", "grace", "port"):
             if getattr(self, name) < 1:
                 raise LaunchError(f"{getattr(self, name)}", where=_flag(name), fix="1 or more")
+        if self.mtls not in ("on", "off"):
+            raise LaunchError(f"'{self.mtls}'", where="--mtls", fix="on, or off on a network of your own")
         if self.max_restarts < 0:
             raise LaunchError(f"{self.max_restarts}", where="--max-restarts", fix="0 or more")
         if not self.name:

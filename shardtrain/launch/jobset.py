@@ -1,7 +1,8 @@
 """Kubernetes: a JobSet manifest, handed to the user's own `kubectl` on stdin.
 
 One pod per process. On GPUs (GKE, EKS) they find each other by the JobSet's stable names, which takes no rights in the
-cluster; on TPU slices by what GKE gives every pod. Pods that end with wrong input end the job; after all else the
+cluster; on TPU slices by what GKE gives every pod. They show each other a certificate that is made when the manifest is handed
+over, with it, as a Secret. Pods that end with wrong input end the job; after all else the
 JobSet starts all of them again, at most `max_restarts` times.
 """
 
@@ -12,10 +13,12 @@ import re
 from typing import Any
 
 from shardtrain.errors import LaunchError
+from shardtrain.launch import certificates
 from shardtrain.launch.client import ask
 from shardtrain.launch.job import Job
 
 WORKERS = "workers"
+_TLS = "/etc/shardtrain-tls"
 PROVIDERS = ("gke-tpu", "gke", "eks")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _RESTARTS = "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"
@@ -111,6 +114,11 @@ def _pod(job: Job, provider: str) -> dict[str, Any]:
         "terminationGracePeriodSeconds": job.grace,
         "containers": [container],
     }
+    if job.mtls == "on":
+        pod["volumes"] = [
+            {"name": "tls", "secret": {"secretName": _secret_name(job.name), "defaultMode": 0o444}}
+        ]
+        container["volumeMounts"] = [{"name": "tls", "mountPath": _TLS, "readOnly": True}]
     if selector := _selector(job, provider):
         pod["nodeSelector"] = selector
     if provider != "gke-tpu":
@@ -140,6 +148,8 @@ def _environment(job: Job, provider: str) -> list[dict[str, Any]]:
         **job.environment,
         "SHARDTRAIN_TOTAL_DEVICES": str(job.devices * int(job.where.get("slices", "1"))),
     }
+    if job.mtls == "on":
+        values |= certificates.environment(_TLS)
     values["SHARDTRAIN_LAUNCH"] = json.dumps(
         {"kind": "jobset", "job": job.name, "namespace": job.where.get("namespace", "")}
     )
@@ -198,6 +208,31 @@ def _check_topology(job: Job) -> None:
         )
 
 
+def handed_over(job: Job, *, dry: bool = False) -> str:
+    """The text for `command`: the manifest and, with mTLS, the Secret of its certificate. `dry`: without the secret itself."""
+    made = manifest(job)
+    if job.mtls == "off":
+        return json.dumps(made, indent=1)
+    names = [f"{job.name}-{WORKERS}-0-0.{job.name}", f"*.{job.name}"]
+    later = "(made when it is handed over)"
+    files = dict.fromkeys(certificates.FILES.values(), later)
+    if not dry:
+        files = {name: content.decode() for name, content in certificates.made(names).items()}
+    place = {k: v for k, v in made["metadata"].items() if k == "namespace"}
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": _secret_name(job.name), **place},
+        "type": "Opaque",
+        "stringData": files,
+    }
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": [secret, made]}, indent=1)
+
+
+def _secret_name(job: str) -> str:
+    return f"{job}-tls"
+
+
 def command(job: Job) -> list[str]:
     """What is run; the manifest is its stdin."""
     return ["kubectl", *_context(job.where.get("context", "")), "apply", "--filename=-", *job.flags]
@@ -205,7 +240,7 @@ def command(job: Job) -> list[str]:
 
 def submit(job: Job) -> dict[str, Any]:
     """Hand it over; returns its name and namespace."""
-    ask(command(job), json.dumps(manifest(job)))
+    ask(command(job), handed_over(job))
     return {"kind": "jobset", "job": job.name, "namespace": job.where.get("namespace", "")}
 
 
@@ -230,4 +265,5 @@ def logs(job: str, namespace: str = "") -> list[str]:
 
 def stop(job: str, namespace: str = "") -> list[str]:
     """The command that ends it."""
-    return ["kubectl", *_namespace(namespace), "delete", "jobset", job]
+    things = [f"jobset/{job}", f"secret/{_secret_name(job)}"]
+    return ["kubectl", *_namespace(namespace), "delete", "--ignore-not-found", *things]

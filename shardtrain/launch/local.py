@@ -8,11 +8,13 @@ import os
 import pathlib
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 from shardtrain.errors import LaunchError, RunError
+from shardtrain.launch import certificates
 from shardtrain.launch.processes import (
     CANCELLED,
     DONE,
@@ -23,6 +25,10 @@ from shardtrain.launch.processes import (
     Signals,
     Start,
 )
+from shardtrain.launch.stuck import Eye
+from shardtrain.watch import parse_silence
+from shardtrain.watch.beats import ALIVE, SILENCE
+from shardtrain.watch.board import FOLDER
 
 FINAL = (DONE, WRONG_INPUT, CANCELLED, 126, 127)
 """Never started again: done, wrong input, a Ctrl-C with nothing to save, no such command."""
@@ -37,7 +43,9 @@ class Local:
 
     `devices_per_process`: simulated CPU devices or GPUs of each; None divides the config's simulated devices, or this
     machine's GPUs, evenly. `host`: where the coordinator listens, and nowhere else. `max_restarts`: at one number of
-    processes; with `elastic` the next smaller one follows. `grace`: seconds to save after a signal was passed on.
+    processes; with `elastic` the next smaller one follows. `mtls`: a folder with certificates (`certificates.py`), or "off";
+    one of them is asked for on several hosts. `grace`: seconds to save after a signal was passed on.
+    `silence`: seconds that a phase may take before it counts as stuck, such as `data=60,alive=30`.
     """
 
     command: tuple[str, ...]
@@ -48,10 +56,12 @@ class Local:
     elastic: bool = False
     logs: pathlib.Path | None = None
     inject: str = ""
+    silence: str = ""
     grace: float = 60.0
     hosts: int = 1
     host_index: int = 0
     coordinator: str = ""
+    mtls: str = ""
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -73,12 +83,21 @@ class Local:
             raise LaunchError(
                 f"{what} on {self.hosts} hosts", where="--hosts", fix="--coordinator FIRST_HOST:PORT"
             )
+        if self.hosts > 1 and not self.mtls:
+            raise LaunchError(
+                f"{self.hosts} hosts, and nothing keeps others from the coordinator",
+                where="--mtls",
+                fix="--mtls FOLDER, with certificates from `python -m shardtrain.launch.certificates FOLDER FIRST_HOST`"
+                " copied to each host; or --mtls off on a network of your own",
+            )
+        if self.mtls not in ("", "off"):
+            certificates.check(self.mtls)
         if not self.command:
             raise LaunchError("no command", where="launch local", fix="end with `-- train CONFIG`")
 
 
-def starts(asked: Local, processes: int, attempt: int, port: int) -> list[Start]:
-    """Each process's command and environment."""
+def starts(asked: Local, processes: int, attempt: int, port: int, beats: str = "") -> list[Start]:
+    """Each process's command and environment. `beats`: the folder where the launcher looks for their beats."""
     each = asked.devices_per_process
     total = asked.hosts * processes
     found = []
@@ -99,8 +118,14 @@ def starts(asked: Local, processes: int, attempt: int, port: int) -> list[Start]
                 "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(index * each, (index + 1) * each))),
                 "SHARDTRAIN_TOTAL_DEVICES": str(total * each),
             }
+        if asked.mtls not in ("", "off"):
+            environment |= certificates.environment(os.path.abspath(asked.mtls))
         if asked.inject:
             environment["SHARDTRAIN_INJECT"] = asked.inject
+        if asked.silence:
+            environment[SILENCE] = asked.silence
+        if beats:
+            environment[FOLDER] = beats
         found.append(Start(asked.command, environment))
     return found
 
@@ -116,13 +141,17 @@ def launch(asked: Local, say: Callable[[str], None], quiet: bool = False) -> dic
     """
     processes, restarts, attempt, short = asked.processes, 0, 0, 0
     history: list[dict[str, Any]] = []
+    silence = parse_silence(asked.silence)
     with Signals() as signals:
         while True:
             began = time.monotonic()
-            with Attempt(
-                starts(asked, processes, attempt, free_port(asked.host)), asked.logs, quiet
-            ) as running:
-                ended = running.wait(signals, asked.grace)
+            with tempfile.TemporaryDirectory(prefix="shardtrain-beats-", ignore_cleanup_errors=True) as beats:
+                # several hosts judge by the coordination service: no launcher sees all of them
+                here = beats if asked.hosts == 1 else ""
+                eye = Eye(pathlib.Path(beats), silence.get("alive", ALIVE)) if here else None
+                wanted = starts(asked, processes, attempt, free_port(asked.host), here)
+                with Attempt(wanted, asked.logs, quiet) as running:
+                    ended = running.wait(signals, asked.grace, eye)
             seconds = time.monotonic() - began
             history.append({"processes": processes, "end": str(ended), "seconds": round(seconds, 3)})
             summary = {"kind": "local", "processes": processes, "restarts": attempt, "attempts": history}

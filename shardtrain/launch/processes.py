@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from shardtrain.errors import LaunchError
+from shardtrain.launch.stuck import Eye
 
 DONE, WRONG_INPUT, FAILED, INTERRUPTED, CANCELLED = 0, 2, 3, 75, 130
 """Exit codes of `shardtrain` (see `cli/shell.py`)."""
@@ -39,7 +40,8 @@ class Start:
 class Ended:
     """How an attempt ended. `process`: whose end it was, None when all agree. `result`: JSON that process 0 printed.
 
-    `code`: an exit code, negative for a signal. `last`: the last lines of that process on stderr.
+    `code`: an exit code, negative for a signal. `last`: the last lines of that process on stderr. `stuck`: what was seen
+    when nobody had ended and one should have gone on.
     """
 
     code: int
@@ -47,8 +49,11 @@ class Ended:
     of: int = 0
     last: tuple[str, ...] = ()
     result: str = ""
+    stuck: str = ""
 
     def __str__(self) -> str:
+        if self.stuck:
+            return self.stuck
         if self.process is None:
             return f"all {self.of} processes ended with {self.code}"
         return f"process {self.process} of {self.of} {_how(self.code)}"
@@ -190,8 +195,8 @@ class Attempt:
         for process in self._processes:
             process.end()
 
-    def wait(self, signals: Signals, grace: float) -> Ended:
-        """Until all have ended, or one has failed; then the others are ended too.
+    def wait(self, signals: Signals, grace: float, eye: Eye | None = None) -> Ended:
+        """Until all have ended, or one has failed or is stuck; then the others are ended too.
 
         A signal is passed on once; `grace` seconds later, or at the second one, what still runs is killed.
         """
@@ -213,6 +218,14 @@ class Attempt:
                 late = codes.index(None)
                 self._signal(signal.SIGKILL)
                 return self._ended(-signal.SIGKILL, late)
+            running = {
+                p.index: p.popen.pid for p, code in zip(self._processes, codes, strict=True) if code is None
+            }
+            if eye is not None and (found := eye.look(running)):
+                for file in eye.report(found, running):
+                    print(f"launch: where it was: {file}", file=sys.stderr)
+                ended = self._ended(FAILED, found.processes[0] if found.processes else None)
+                return dataclasses.replace(ended, stuck=found.text)
             time.sleep(_POLL)
 
     def _failure(self, asked: int) -> Ended:

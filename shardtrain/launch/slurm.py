@@ -2,7 +2,8 @@
 
 One task per process. Each takes its share of the host's accelerators by its `SLURM_LOCALID`. The warning before the
 time limit or a preemption goes to the processes (`--signal`), which save and leave with 75; the script then has itself
-requeued, as after any failure but wrong input, at most `max_restarts` times.
+requeued, as after any failure but wrong input, at most `max_restarts` times. Its processes show each other a certificate that
+the script makes in the folder that it was submitted from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import shlex
 from typing import Any
 
 from shardtrain.errors import LaunchError
+from shardtrain.launch import certificates
+from shardtrain.launch.certificates import environment
 from shardtrain.launch.client import ask
 from shardtrain.launch.job import Job, exported
 
@@ -49,6 +52,7 @@ def script(job: Job) -> str:
         raise LaunchError(
             "mounts without an image", where="--mount", fix="--image IMAGE (Pyxis), or no mounts"
         )
+    inside = [run[0], "--nodes=1", "--ntasks=1", *run[2:]] if job.image else []
     variables = exported(
         job,
         SHARDTRAIN_LAUNCH='{"kind": "slurm"}',
@@ -67,6 +71,7 @@ def script(job: Job) -> str:
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             'export JAX_COORDINATOR_ADDRESS="$head:$((20000 + SLURM_JOB_ID % 20000))"',
             'export JAX_NUM_PROCESSES="$SLURM_NTASKS"',
+            *(_certificates([*inside, job.command[0]]) if job.mtls == "on" else ()),
             "",
             "code=0",
             f"{shlex.join([*run, *job.command])} || code=$?",
@@ -78,6 +83,17 @@ def script(job: Job) -> str:
             "",
         ]
     )
+
+
+def _certificates(python: list[str]) -> list[str]:
+    """Made by the job itself, where it was submitted (a folder that all its hosts see), and gone with it."""
+    files = environment("")
+    return [
+        'tls="${SLURM_SUBMIT_DIR:-$PWD}/.shardtrain-tls-$SLURM_JOB_ID"',
+        """trap 'rm -rf -- "$tls"' EXIT""",
+        f'{shlex.join(python)} -m {certificates.__name__} "$tls" $(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        *(f'export {variable}="$tls/{name}"' for variable, name in files.items()),
+    ]
 
 
 def _quoted(option: str) -> str:

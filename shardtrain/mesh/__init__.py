@@ -1,7 +1,8 @@
 """Named device meshes, distributed start-up, and what the hardware can do."""
 
+from shardtrain.mesh.board import service_board
 from shardtrain.mesh.build import AXES, AnyMesh, make_mesh, simulate_devices
-from shardtrain.mesh.distributed import init_distributed, leave, processes_expected, wait_for_all
+from shardtrain.mesh.distributed import gathered, init_distributed, leave, processes_expected, wait_for_all
 from shardtrain.mesh.hardware import CHIPS, Chip, chip_of, device_of
 from shardtrain.mesh.target import Target
 
@@ -13,10 +14,12 @@ __all__ = [
     "Target",
     "chip_of",
     "device_of",
+    "gathered",
     "init_distributed",
     "leave",
     "make_mesh",
     "processes_expected",
+    "service_board",
     "simulate_devices",
     "wait_for_all",
 ]

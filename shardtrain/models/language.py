@@ -30,15 +30,22 @@ class Auxiliary:
     metrics: Mapping[str, Any]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Travelling:
+    """The residual stream [B, T, D], and what the layers it has passed told: arrays with a leading dim of layers."""
+
+    x_BTD: jax.Array
+    told: Any
+
+
 class LanguageModel(nnx.Module):
     """Base of the families. Arrays carry their shape in the name: B batch, T tokens, D embed, V vocab.
 
     Parameters are float32; activations have the dtype of the parameters (a Plan casts them), while norms,
     softmax, logits and loss are float32. Dropout needs a `key`, and is off after `model.eval()`.
-    `staged`: the loss is `embed`, `blocks` and `head`, one after the other, and nothing else.
+    The loss is `enter`, the blocks and `leave`, one after the other; what else layers tell travels with the stream.
     """
-
-    staged = True
 
     config: Any
     blocks: Any
@@ -91,17 +98,22 @@ class LanguageModel(nnx.Module):
         """Normalised hidden states [B, T, D] after the last block."""
         return self.forward(tokens_BT, key=key, segments=segments)[0]
 
-    def hidden_and_auxiliary(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> tuple[jax.Array, Auxiliary]:
-        """Of a model that is not `staged`: as `hidden`, and what it adds to the loss."""
-        raise NotImplementedError
+    def begin(self) -> None:
+        """Before a call of the loss: what changes in the model's variables from step to step."""
 
-    def choices(
+    def enter(
         self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array | None:
-        """int32 [B, T, ...]: what a model with routers decides for each token; None of others."""
-        return None
+    ) -> Any:
+        """What enters the first block of the stack: [B, T, D], or `Travelling`."""
+        return self.embed(tokens_BT, key=key)
+
+    def leave(self, x: Any) -> tuple[jax.Array, Auxiliary | None]:
+        """Normalised hidden states [B, T, D] of what leaves the last block, and what the model adds to the loss."""
+        return self.final_norm(x), None
+
+    def with_choices(self, x: Any) -> Any:
+        """What `enter` made, with room for what routers decide, where there are any."""
+        return x
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
@@ -129,23 +141,25 @@ def _keys(model: LanguageModel, rngs: nnx.Rngs | None) -> Any:
     return model.keys(_key(model, rngs))
 
 
-def _embed(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
-    if not model.staged:
-        raise ConfigError(
-            f"{type(model).__name__} cannot be divided over stages",
-            where="mesh axis stage",
-            why="its layers also say how balanced they are, which does not travel from stage to stage",
-            fix="stage=1, with fsdp, expert or tensor in its place",
-        )
-    return model.embed(batch["tokens"], key=_keys(model, rngs)[0])
+def _embed(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> Any:
+    return model.enter(batch["tokens"], key=_keys(model, rngs)[0], segments=batch.get("segments"))
 
 
-def _block(block: Any, x_BTD: jax.Array, key: jax.Array | None, batch: Batch) -> jax.Array:
-    return block(x_BTD, key=key, segments=batch.get("segments"))[0]
+def _block(block: Any, x: Any, key: jax.Array | None, batch: Batch) -> Any:
+    if not isinstance(x, Travelling):
+        return block(x, key=key, segments=batch.get("segments"))[0]
+    x_BTD, (_, told) = block(x.x_BTD, key=key, segments=batch.get("segments"))
+    return Travelling(x_BTD, told.after(x.told))
 
 
-def _head(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
-    return _cross_entropy(model, model.final_norm(x_BTD), batch)
+def _head(model: LanguageModel, x: Any, batch: Batch) -> Loss:
+    x_BTD, auxiliary = model.leave(x)
+    ce = _cross_entropy(model, x_BTD, batch)
+    if auxiliary is None:
+        return ce
+    # Times the weight, so that it is a mean over groups like the rest.
+    metrics = {"ce": (ce.sum, ce.weight), **auxiliary.metrics}
+    return Loss(ce.sum + ce.weight * auxiliary.loss, ce.weight, metrics)
 
 
 def _cross_entropy(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
@@ -153,29 +167,22 @@ def _cross_entropy(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss
     return Loss(total, batch["weights"].sum())
 
 
-class _LanguageLoss(Stages):
-    def __call__(self, model: Any, batch: Any, rngs: Any = None) -> Any:
-        if model.staged:
-            return super().__call__(model, batch, rngs)
-        x_BTD, auxiliary = model.hidden_and_auxiliary(
-            batch["tokens"], key=_key(model, rngs), segments=batch.get("segments")
-        )
-        ce = _cross_entropy(model, x_BTD, batch)
-        # Times the weight, so that it is a mean over groups like the rest.
-        metrics = {"ce": (ce.sum, ce.weight), **auxiliary.metrics}
-        return Loss(ce.sum + ce.weight * auxiliary.loss, ce.weight, metrics)
-
-    def choices(self, model: Any, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array | None:
-        """What the model decides for each token of the group in a call of this loss, see `LanguageModel.choices`."""
-        return model.choices(batch["tokens"], key=_key(model, rngs), segments=batch.get("segments"))
+def _embed_to_choose(model: LanguageModel, batch: Batch, rngs: nnx.Rngs | None) -> Any:
+    return model.with_choices(_embed(model, batch, rngs))
 
 
-language_model_loss = _LanguageLoss(
-    _embed,
-    _block,
-    _head,
+def _chosen(model: LanguageModel, x: Any, batch: Batch) -> Loss:
+    told = {"choices": jnp.moveaxis(x.told.chosen, 0, 2)} if isinstance(x, Travelling) else {}
+    return Loss(0.0, 0.0, told)
+
+
+_PARTS: dict[str, Any] = dict(
     keys=lambda model, rngs: _keys(model, rngs)[1],
     remat=lambda model: model.config.remat,
+    begin=lambda model: model.begin(),
+)
+language_model_loss = Stages(
+    _embed, _block, _head, **_PARTS, choices=Stages(_embed_to_choose, _block, _chosen, **_PARTS)
 )
 """`(model, batch, rngs)`: weighted sum of next-token cross-entropies in nats, and the sum of the weights.
 

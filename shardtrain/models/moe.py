@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.errors import ConfigError
-from shardtrain.models.language import Auxiliary, LanguageModel, check_heads, check_sizes, training_flops
+from shardtrain.models.language import (
+    Auxiliary,
+    LanguageModel,
+    Travelling,
+    check_heads,
+    check_sizes,
+    training_flops,
+)
 from shardtrain.models.layers.attention import Cache, SelfAttention
 from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import GatedMlp
@@ -194,8 +201,6 @@ class Block(nnx.Module):
 class MoE(LanguageModel):
     """A token table, a stack of dense blocks (if any), a stack of blocks with experts, a final norm, a head."""
 
-    staged = False
-
     def __init__(self, config: MoEConfig, rngs: nnx.Rngs):
         c = self.config = config
         self.deterministic = False
@@ -206,6 +211,9 @@ class MoE(LanguageModel):
         self.blocks = stack(lambda r: Block(c, False, r), c.layers - c.dense_layers, rngs)
         self.final_norm = RMSNorm(c.embed, rngs)
         self.head_kernel = normal(rngs, 0.02, embed=c.embed, vocab=c.vocab)
+
+    def keys(self, key: jax.Array | None) -> Any:
+        return (None, None) if key is None else jax.random.split(key)
 
     def embed(
         self, tokens_BT: jax.Array, *, key: jax.Array | None = None, position: jax.Array | int = 0
@@ -224,44 +232,47 @@ class MoE(LanguageModel):
         x_BTD, cache, _ = self._run(tokens_BT, key, segments, cache, position)
         return x_BTD, cache
 
-    def hidden_and_auxiliary(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> tuple[jax.Array, Auxiliary]:
-        """Hidden states, and balance and router z loss of this group. In training the routers' biases take a step.
+    def begin(self) -> None:
+        """In training the routers' biases take a step.
 
         That is the step of the load before: the load of a whole step is known when its groups have been merged.
         """
-        c, mlp, learns = self.config, self.blocks.mlp, not self.deterministic
-        self._rebalance()
-        x_BTD, _, told = self._run(tokens_BT, key, segments, None, 0)
-        if learns and mlp.load is not None:
-            mlp.load.set_value(told.load)
+        mlp = self.blocks.mlp
+        if not self.deterministic and mlp.bias is not None:
+            mlp.bias.set_value(balanced_bias(mlp.bias[...], mlp.load[...], self.config.bias_rate))
+
+    def enter(
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> Travelling:
+        c, x_BTD = self.config, self.embed(tokens_BT)
+        if self.dense_blocks is not None:
+            x_BTD = scan_blocks(
+                self.dense_blocks, x_BTD, path="dense_blocks", policy=c.remat, key=key, segments=segments
+            )[0]
+        return Travelling(x_BTD, Routed.of_none(c.layers - c.dense_layers, c.experts, x_BTD))
+
+    def leave(self, x: Travelling) -> tuple[jax.Array, Auxiliary]:
+        """Hidden states, and balance and router z loss of this group."""
+        c, told, learns = self.config, x.told, not self.deterministic
+        if learns and self.blocks.mlp.load is not None:
+            self.blocks.mlp.load.set_value(told.load)
         loss = c.balance * told.balance.sum() + c.router_z * told.router_z.sum()
         metrics = {
             "balance": told.balance.mean(),
             "router_z": told.router_z.mean(),
             "dropped": (told.dropped.sum(), told.load.sum()),
         }
-        return x_BTD, Auxiliary(loss if learns else jnp.zeros_like(loss), metrics)
+        return self.final_norm(x.x_BTD), Auxiliary(loss if learns else jnp.zeros_like(loss), metrics)
 
-    def choices(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """int32 [B, T, layers, k]: the experts that each token of this group takes."""
-        self._rebalance()
-        told = self._run(tokens_BT, key, segments, None, 0)[2]
-        return jnp.moveaxis(told.chosen, 0, 2)
-
-    def _rebalance(self) -> None:
-        mlp = self.blocks.mlp
-        if not self.deterministic and mlp.bias is not None:
-            mlp.bias.set_value(balanced_bias(mlp.bias[...], mlp.load[...], self.config.bias_rate))
+    def with_choices(self, x: Travelling) -> Travelling:
+        shape = (*x.x_BTD.shape[:2], self.config.chosen)
+        return Travelling(x.x_BTD, x.told.with_choices(shape, x.x_BTD))
 
     def _run(
         self, tokens_BT: jax.Array, key: Any, segments: Any, cache: Any, position: Any
     ) -> tuple[jax.Array, Any, Routed]:
         options: dict[str, Any] = dict(policy=self.config.remat, position=position, segments=segments)
-        keys: Any = (None, None) if key is None else jax.random.split(key)
+        keys = self.keys(key)
         dense_cache, cache = (None, None) if cache is None else cache
         x_BTD = self.embed(tokens_BT)
         if self.dense_blocks is not None:

@@ -61,12 +61,12 @@ class Work:
     """What the stages do, as functions of arrays. `i`: microbatch, `c`: chunk; both traced.
 
     `embed(shared, i) -> x`. `piece(stack, c, i, x) -> x`, with the parameters of one piece.
-    `head(shared, i, x) -> (objective, scalars)`.
+    `head(shared, i, x) -> (objective, told)`: whatever arrays are added up over microbatches.
     """
 
     embed: Callable[[Any, jax.Array], Any]
     piece: Callable[[Any, jax.Array, jax.Array, Any], Any]
-    head: Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array]]
+    head: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def run(
@@ -80,7 +80,7 @@ def run(
         train: False runs forwards alone, and the head with them. masked: see above.
 
     Returns:
-        `(gradients of shared, of the stack, scalars)`: sums over the microbatches of this stage, float32 or wider. None in
+        `(gradients of shared, of the stack, told)`: sums over the microbatches of this stage, float32 or wider. None in
         place of the gradients without `train`.
 
     Communicates: over `stage`, one x over each boundary between pieces per microbatch, and its gradient back: in each tick
@@ -105,13 +105,13 @@ class _Executor:
             x = self.own(self.work.embed(shared, zero))
             return x, self.work.head(shared, zero, x)[1]
 
-        x, scalars = jax.eval_shape(ends)
-        self.no_x, self.no_scalars = self.zeros(x), self.zeros(scalars)
+        x, told = jax.eval_shape(ends)
+        self.no_x, self.no_told = self.zeros(x), self.zeros(told)
         buffers = lambda count: self.own(  # noqa: E731
             jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), x)
         )
         sums = lambda tree: self.own(jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s)), tree))  # noqa: E731
-        carry = {"inputs": buffers(self.ticks.inputs), "scalars": self.no_scalars}
+        carry = {"inputs": buffers(self.ticks.inputs), "told": self.no_told}
         if self.train:
             carry |= {
                 "gradients": buffers(self.ticks.gradients),
@@ -131,7 +131,7 @@ class _Executor:
 
             xs = table[slice(*phase[:2])], (jnp.asarray(on), jnp.asarray(back))
             carry, _ = jax.lax.scan(tick, carry, xs)
-        return carry.get("shared"), carry.get("stack"), carry["scalars"]
+        return carry.get("shared"), carry.get("stack"), carry["told"]
 
     def tick(self, carry: Any, row: jax.Array, which: Any, phase: Any, sends: Any) -> Any:
         """One tick of this stage. `which`: the stages that send in it, of those that `sends` has for the phase."""
@@ -140,17 +140,17 @@ class _Executor:
         self.phase = (first, end)
         cells = (end - first) * self.stages
         if forwards:
-            x, y, scalars = self.choose(
+            x, y, told = self.choose(
                 row[columns.F_CHUNK] >= 0,
                 lambda: self.forward(carry, row),
-                lambda: (self.no_x, self.no_x, self.no_scalars),
+                lambda: (self.no_x, self.no_x, self.no_told),
                 (self.done(columns.F_CHUNK), cells),
             )
             carry["inputs"] = _put(carry["inputs"], row[columns.F_INPUT], x)
-            carry["scalars"] = carry["scalars"] + scalars
+            carry["told"] = _add(carry["told"], told)
         if backwards:
             half = self.ticks.schedule.splits
-            kept = {k: carry[k] for k in ("shared", "stack", "scalars")}
+            kept = {k: carry[k] for k in ("shared", "stack", "told")}
             dy, dx, kept = self.choose(
                 row[columns.B_CHUNK] >= 0,
                 lambda: self.back(carry, row, half),
@@ -193,16 +193,16 @@ class _Executor:
             return (
                 x,
                 self.choose(~self.is_last(c), piece, lambda: self.no_x, (every - last, every)),
-                self.no_scalars,
+                self.no_told,
             )
         y = piece()
-        scalars = self.choose(
+        told = self.choose(
             self.is_last(c),
             lambda: self.own(self.work.head(self.shared, i, y)[1]),
-            lambda: self.no_scalars,
+            lambda: self.no_told,
             (last, every),
         )
-        return x, y, scalars
+        return x, y, told
 
     def back(self, carry: Any, row: jax.Array, half: bool) -> Any:
         """Gradients of a piece's output and input, and the sums with its parameters' added; `half`: not of the stack."""
@@ -215,16 +215,16 @@ class _Executor:
 
         def end() -> Any:
             head = lambda shared, y: self.own(self.work.head(shared, i, y))  # noqa: E731
-            one, transpose, scalars = jax.vjp(head, self.shared, y, has_aux=True)
+            one, transpose, told = jax.vjp(head, self.shared, y, has_aux=True)
             d_shared, dy = transpose(self.own(jnp.ones_like(one)))
-            return dy, _add(carry["shared"], d_shared), carry["scalars"] + scalars
+            return dy, _add(carry["shared"], d_shared), _add(carry["told"], told)
 
         def middle() -> Any:
-            return _take(carry["gradients"], row[columns.B_GRADIENT]), carry["shared"], carry["scalars"]
+            return _take(carry["gradients"], row[columns.B_GRADIENT]), carry["shared"], carry["told"]
 
         every = self.done(columns.B_CHUNK)
         share = (self.done(columns.B_CHUNK, "last"), every)
-        dy, shared, scalars = self.choose(self.is_last(c), end, middle, share)
+        dy, shared, told = self.choose(self.is_last(c), end, middle, share)
         *d_stack, dx = transpose(dy)
 
         def start() -> Any:
@@ -234,7 +234,7 @@ class _Executor:
         share = (self.done(columns.B_CHUNK, "first"), every)
         shared = self.choose(self.is_first(c), start, lambda: shared, share)
         stack = carry["stack"] if half else _add_at(carry["stack"], c, d_stack[0])
-        return dy, dx, {"shared": shared, "stack": stack, "scalars": scalars}
+        return dy, dx, {"shared": shared, "stack": stack, "told": told}
 
     def weights(self, carry: Any, row: jax.Array) -> Any:
         """The stack's sum with the gradient of a piece's parameters added."""

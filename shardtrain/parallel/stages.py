@@ -33,6 +33,10 @@ class Stages:
         blocks: path of the stack in the model: parameters with a leading dim of layers.
         keys: `(model, rngs) -> key or None`, split over the layers; default: one of `rngs.dropout`. `embed` and it get
             equal rngs, `head` others.
+        begin: `(model) -> None`: what changes in the model's variables before a call, in every part of it. `head` sets those
+            of the next step, of all layers; without it a pipeline refuses a model with variables.
+        choices: the same parts but for a head that gives, in place of a loss, `st.Loss(0, 0, {"choices": [rows, tokens, ...]})`,
+            what routers decide for each token in a call of this loss; or {} of a model without. For `st.verify`.
         remat: what the backward of a layer recomputes (`none`, `dots`, `full`, names), or a function of the model.
 
     Communicates: on a mesh with p stages, m microbatches per batch shard and v pieces of the model per device, 2 m v a bytes
@@ -46,9 +50,13 @@ class Stages:
     blocks: str = "blocks"
     keys: Callable[[Any, Any], Any] | None = None
     remat: str | Callable[[Any], str] = "none"
+    begin: Callable[[Any], None] | None = None
+    choices: Stages | None = None
 
     def __call__(self, model: Any, batch: Any, rngs: Any = None) -> Any:
         """The loss of one group, layer after layer."""
+        if self.begin is not None:
+            self.begin(model)
         key, others = self.layer_key(model, rngs), self.head_rngs(rngs)
         x = self.first(model, batch, rngs)
         state, _ = self.stack(model)

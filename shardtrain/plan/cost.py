@@ -10,7 +10,8 @@ overlap      a share of what batch axes and a ring over context send hides behin
              one layer run beside the products of another. What tensor, expert and stage send is waited for.
 bubble       of the schedule as our program runs it (`parallel/timeline.py`), of compute and what is waited for.
 
-The shares are assumptions until they are measured: a file of constants (`Constants.read`) replaces any of them.
+The shares are assumptions until they are measured: a file of constants (`Constants.read`, made by `plan/calibrate.py`)
+replaces any of them, and the chip's own figures too.
 Sources: Austin et al., How to Scale Your Model; Williams et al., Roofline (2009); figures of chips: `mesh/hardware.py`.
 """
 
@@ -40,7 +41,8 @@ class Constants:
     """Shares of a chip's peaks that programs reach.
 
     `compute`: of peak FLOP/s in large products. `hbm`, `links`: of bandwidths. `hidden`: of what can hide, the share that
-    does. `source`: where they come from. H100: 798 of 989 TFLOP/s were measured in a product of 8,192 cubed.
+    does. `source`: where they come from. H100: 798 of 989 TFLOP/s were measured in a product of 8,192 cubed. `chip`: measured
+    figures in place of the public ones.
     """
 
     compute: float = 0.75
@@ -48,29 +50,42 @@ class Constants:
     links: float = 0.8
     hidden: float = 0.8
     source: str = "assumed"
+    chip: Chip | None = None
 
     @classmethod
     def of(cls, target: Target, file: str | os.PathLike[str] | None = None) -> Constants:
-        """Of a target: those of its family in the file, else ours.
+        """Of a target: those of its family in the file, or without a file ours.
 
         Raises:
-            ConfigError: the file cannot be read, or holds something that is no share.
+            ConfigError: the file cannot be read, is of other hardware, or holds something that is no constant.
         """
         start = cls(compute=0.85) if target.platform == "tpu" else cls()
-        return start if file is None else start.read(file, target.family)
+        return start if file is None else start.read(file, target)
 
-    def read(self, file: str | os.PathLike[str], family: str) -> Constants:
-        """With what a file of measured constants says: `{"h100": {"compute": 0.71, "source": "..."}}`."""
+    def read(self, file: str | os.PathLike[str], target: Target) -> Constants:
+        """With what a file of measured constants says: `{"h100": {"compute": 0.71, "source": "..."}}`, or what
+        `shardtrain calibrate` wrote."""
         where = f"constants {file}"
         try:
             data = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot be read: {error}", where=where, fix="a JSON file") from error
-        given = data.get(family, {}) if isinstance(data, dict) else None
-        if not isinstance(given, dict):
+        family = target.family
+        if not isinstance(data, dict) or not all(isinstance(each, dict) for each in data.values()):
             raise ConfigError(
                 "not an object of objects", where=where, fix='{"h100": {"compute": 0.7}}, family by family'
             )
+        if family not in data:
+            raise ConfigError(
+                f"is of {', '.join(_named(*pair) for pair in data.items()) or 'no hardware'}, not of {family}",
+                where=where,
+                fix=f"shardtrain calibrate on a {family}, or no --constants",
+            )
+        given = {
+            name: value for name, value in data[family].items() if name != "measured"
+        }  # how it was found
+        figures = given.pop("chip", None)
+        chip = None if figures is None else _measured_chip(figures, target, where)
         fields = [f.name for f in dataclasses.fields(self)]
         for name, value in given.items():
             if name not in fields:
@@ -80,9 +95,56 @@ class Constants:
             share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
             if name != "source" and (not share or (name != "hidden" and value == 0)):
                 raise ConfigError(f"{name} = {value!r}", where=where, fix="a share from 0 to 1, such as 0.7")
-        if not given:
-            return self
-        return dataclasses.replace(self, **{"source": f"measured, {file}", **given})
+        source = given.pop("source", "measured")
+        if not isinstance(source, str):
+            raise ConfigError(f"source = {source!r}", where=where, fix="a text")
+        said = source if source.startswith("measured") else f"measured: {source}"
+        return dataclasses.replace(self, **given, chip=chip, source=f"{said}, {file}")
+
+
+_FIGURES = ("hbm_bandwidth", "ici_bandwidth", "ici_hop_seconds", "dcn_bandwidth", "dcn_hop_seconds")
+
+
+def _named(family: str, given: Mapping[str, Any]) -> str:
+    measured = given.get("measured")
+    kind = measured.get("device_kind") if isinstance(measured, dict) else None
+    return f"{family} ({kind})" if kind and kind != family else family
+
+
+def _measured_chip(figures: Any, target: Target, where: str) -> Chip:
+    """The public figures with measured ones in their place; of a CPU there are no public ones, so all must be there."""
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < math.inf  # noqa: E731
+    rates = figures.get("flops", {}) if isinstance(figures, dict) else None
+    if not isinstance(rates, dict) or not all(map(number, rates.values())):
+        raise ConfigError(
+            "'chip' is no object of figures", where=where, fix="shardtrain calibrate --out FILE"
+        )
+    given = {name: value for name, value in figures.items() if name != "flops"}
+    for name, value in given.items():
+        if name not in _FIGURES:
+            raise ConfigError(
+                f"no figure '{name}'", where=where, fix=suggestion(name, _FIGURES, "ici_bandwidth")
+            )
+        if not number(value) or (not value and not name.endswith("seconds")):
+            raise ConfigError(f"chip: {name} = {value!r}", where=where, fix="a number over 0")
+    # JAX's own choice for products in float32 is what was timed, so they stand for the public figure of that choice.
+    rates = rates | ({"tf32": rates["f32"]} if "f32" in rates else {})
+    public = target.chip
+    if public is None:
+        alone = {"dcn_bandwidth": given.get("ici_bandwidth"), "dcn_hop_seconds": given.get("ici_hop_seconds")}
+        given = {**alone, **given}
+        lacking = [name for name in _FIGURES if given.get(name) is None] + ["flops.bf16"] * (
+            "bf16" not in rates
+        )
+        if lacking:
+            raise ConfigError(
+                f"lacks {', '.join(lacking)} of {target.family}",
+                where=where,
+                why="no public figures are known",
+                fix="shardtrain calibrate --out FILE",
+            )
+        return Chip(target.family, rates, hbm_bytes=0.0, source=where, **given)
+    return dataclasses.replace(public, flops={**public.flops, **rates}, source=where, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +158,10 @@ class Link:
     spread: float = 1.0
 
 
-def links(target: Target, mesh: Mapping[str, int]) -> dict[str, Link]:
+def links(target: Target, mesh: Mapping[str, int], chip: Chip | None = None) -> dict[str, Link]:
     """Axis -> what it crosses, for axes of more than one device. Axes are laid out as the mesh has them, inner ones on
-    neighbours. Without figures of the chip: empty."""
-    chip = target.chip
+    neighbours. `chip`: in place of the target's. Without figures of either: empty."""
+    chip = chip or target.chip
     if chip is None:
         return {}
     return _torus(target, chip, mesh) if chip.links else _hosts(target, chip, mesh)
@@ -110,7 +172,8 @@ def _hosts(target: Target, chip: Chip, mesh: Mapping[str, int]) -> dict[str, Lin
     for axis, n in reversed(list(mesh.items())):
         inside = max(1, min(n, host // stride)) if stride < host else 1  # members in one host
         if n > 1 and inside == n:
-            found[axis] = Link("NVLink", chip.ici_bandwidth, chip.ici_hop_seconds)
+            name = "NVLink" if target.platform == "cuda" else "memory"
+            found[axis] = Link(name, chip.ici_bandwidth, chip.ici_hop_seconds)
         elif n > 1:
             bandwidth = min(chip.ici_bandwidth, inside * chip.dcn_bandwidth)
             found[axis] = Link("network", bandwidth, chip.dcn_hop_seconds)
@@ -174,7 +237,7 @@ class Sent:
 class Cost:
     """Seconds of one step. `axes`: axis -> seconds in all; `waited`: those of them that nothing hides.
 
-    total = compute + hbm + sum(waited) + bubble. `links`: axis -> what it crosses.
+    total = compute + hbm + sum(waited) + bubble. `links`: axis -> what it crosses. `taken`: (op, axis) -> seconds of `axes`.
     """
 
     compute: float
@@ -183,6 +246,7 @@ class Cost:
     waited: Mapping[str, float]
     bubble: float
     links: Mapping[str, str]
+    taken: Mapping[tuple[str, str], float]
     source: str
 
     @property
@@ -222,7 +286,7 @@ def cost(
         work: of one device. sent: by one device. bubble: share of the stages' time in which they wait.
         source: of `work` and `sent`.
     """
-    chip = target.chip
+    chip = constants.chip or target.chip
     if chip is None:
         return None
     compute = hbm = 0.0
@@ -230,8 +294,9 @@ def cost(
         products = w.times * w.flops / (_peak(chip, w.dtype) * constants.compute)
         memory = w.times * w.bytes / (chip.hbm_bandwidth * constants.hbm)
         compute, hbm = compute + products, hbm + max(0.0, memory - products)
-    crossed = links(target, mesh)
+    crossed = links(target, mesh, chip)
     seconds: dict[str, float] = {}
+    by_op: dict[tuple[str, str], float] = {}
     for s in sent:
         axes = [a for a in s.axes if a in crossed]
         if not axes or not s.bytes:
@@ -243,6 +308,7 @@ def cost(
         taken = s.bytes * far / (link.bandwidth * constants.links) + s.count * steps * link.hop_seconds
         name = "+".join(s.axes)
         seconds[name] = seconds.get(name, 0.0) + taken
+        by_op[s.op, name] = by_op.get((s.op, name), 0.0) + taken
     busy = compute + hbm
     may_hide = {a: t for a, t in seconds.items() if set(a.split("+")) <= set(HIDDEN_AXES)}
     wanted = constants.hidden * sum(may_hide.values())
@@ -256,6 +322,7 @@ def cost(
         waited=waited,
         bubble=inside * bubble / (1 - bubble),
         links={a: link.name for a, link in crossed.items()},
+        taken=by_op,
         source=f"estimated: {source}; constants of {chip.name} ({constants.source})",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import pathlib
@@ -19,19 +20,21 @@ from jax.sharding import Mesh
 from shardtrain.checkpoint import Checkpointer, faults, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
 from shardtrain.errors import CheckpointError, ConfigError
-from shardtrain.mesh import AnyMesh, chip_of, device_of
+from shardtrain.launch.record import started_again
+from shardtrain.mesh import AnyMesh, chip_of, device_of, gathered, service_board
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
 from shardtrain.parallel.presets import fsdp_tensor
 from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
 from shardtrain.sharding import Rules
-from shardtrain.train.guard import Guard, Rewind, Watch, pass_over
+from shardtrain.train.guard import Guard, Rewind, Verdicts, pass_over
 from shardtrain.train.hooks import as_hook
 from shardtrain.train.inject import Fault, injected
 from shardtrain.train.loop import Stopped, run_loop
 from shardtrain.train.replicas import Replicas
 from shardtrain.train.rewind import FILE, passing, record, recorded
 from shardtrain.train.state import TrainState
+from shardtrain.watch import Watch
 
 log = logging.getLogger("shardtrain")
 
@@ -201,11 +204,19 @@ def fit_plan(
             checkpoints = stack.enter_context(
                 Checkpointer(path / "checkpoints", every=checkpoint_every or None, keep=keep, config=config)
             )
+        # after the lock: two runs must not count in one folder
+        watch = stack.enter_context(
+            Watch(jax.process_index(), path, service=service_board(), again=started_again())
+        )
+        watch.phase("compile", 0)
         compiled = made.compile()
+        watch.program = _same_program(compiled.lowered)
         if on_plan is not None:
             on_plan(made, compiled)
+        watch.phase("restore", 0)
         state = made.init(seed) if checkpoints is None else checkpoints.restore_or_init(made, seed)
         resumed_from = int(state)
+        watch.ledger.resumed(resumed_from)
         lead = jax.process_index() == 0  # one process writes and shows; all compute
         all_writers: list[Any] = list(writers) if lead else []
         if path is not None and lead:
@@ -214,6 +225,7 @@ def fit_plan(
                 all_writers.append(TensorBoardWriter(path / "tensorboard"))
         for writer in all_writers:
             stack.callback(writer.close)
+        watch.phase("compile", resumed_from)
         evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and resumed_from < steps else None
         meter = Throughput(_flops(made, flops_per_row), _peak(made.mesh))
         rows = loader.for_rows(made.rows)
@@ -223,7 +235,7 @@ def fit_plan(
         if replica_check_every and made.mesh.size > 1:
             replicas = Replicas(made.abstract_state, made.mesh, replica_check_every, str(path or "RUN"))
         storage = None if checkpoints is None else functools.partial(_storage_fault, checkpoints)
-        watch = None if made.guard is None else Watch(made.guard, made.global_batch, display.say)
+        verdicts = None if made.guard is None else Verdicts(made.guard, made.global_batch, display.say)
         over = {entry["step"] for entry in recorded(path)} if path is not None else set()
         if made.guard is None and (left := sorted(step for step in over if step > resumed_from)):
             raise ConfigError(
@@ -257,6 +269,7 @@ def fit_plan(
                         eval_every=eval_every,
                         last_evaluated=last_evaluated,
                         watch=watch,
+                        verdicts=verdicts,
                         replicas=replicas,
                     )
                     break
@@ -264,11 +277,13 @@ def fit_plan(
                 bad, why = back.step, back.why
             del state  # after the `except`, whose frames hold the old one too
             assert path is not None and checkpoints is not None
+            watch.phase("restore", bad)
             try:
                 checkpoints.wait()
             except CheckpointError as error:  # of the save under way: there is one less to go back to
                 log.warning("%s", error)
             state = checkpoints.restore_or_init(made, seed)
+            watch.ledger.resumed(int(state))
             over.add(bad)
             _tell_rewind(path, bad, why, int(state), made.global_batch, display.say)
     old_evaluations = [
@@ -322,6 +337,28 @@ def _agreed(number: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _same_program(lowered: Any) -> str:
+    """The program's fingerprint, the same on every process.
+
+    Raises:
+        ConfigError: processes are about to run different programs, which would hang or compute nonsense.
+    """
+    if jax.process_count() == 1:
+        return ""
+    mine = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+    prints = gathered(mine)
+    usual = max(prints, key=prints.count)
+    others = [i for i, found in enumerate(prints) if found != usual]
+    if others:
+        raise ConfigError(
+            f"{'processes' if len(others) > 1 else 'process'} {', '.join(map(str, others))} compiled another program",
+            where="fit",
+            why=f"fingerprints {', '.join(f'{i}: {p}' for i, p in enumerate(prints[:8]))}",
+            fix="the same code, config, versions and environment on every host",
+        )
+    return mine
 
 
 def _saved_groups(path: pathlib.Path) -> int | None:

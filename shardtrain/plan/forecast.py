@@ -15,9 +15,11 @@ from shardtrain.mesh import Target
 from shardtrain.plan import aot, hlo
 from shardtrain.plan.compiled import Memory, lower_step
 from shardtrain.plan.cost import Constants, Cost, Sent, cost
+from shardtrain.plan.layout import placement
 from shardtrain.plan.minimum import minimum
 from shardtrain.plan.paper import Work
 from shardtrain.plan.partitioned import Partitioned, partition, unavailable
+from shardtrain.plan.picture import fragment
 from shardtrain.tree import bytes_text, flatten, table
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class Bill:
 
     `gradients`: as accumulated. `saved`: activations that the backward waits for. `temporaries`: all that is made during
     a step, gradients and saved activations included. `peak`: the most at one time, by `source`. `usable`: of the chip,
-    None where it is not known. `largest`: what is live then, and `by_module` the state of each module.
+    None where it is not known. `largest`: what is live then, on paper. The state by module (`by_module`), and by the parameter
+    to which it belongs (`held`: part -> path -> bytes).
     """
 
     parameters: float
@@ -44,6 +47,7 @@ class Bill:
     temporaries: float | None
     peak: float
     usable: float | None
+    held: Mapping[str, Mapping[str, float]]
     by_module: Mapping[str, float]
     largest: tuple[tuple[str, float], ...]
     source: str
@@ -76,9 +80,10 @@ class Bill:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Of one plan on one target. `flops`: per device and step, by `source`; `model_flops`: those that MFU counts.
+    """Of one plan on one target. `flops`: per device and step, by `flops_source`; `model_flops`: those that MFU counts.
 
-    `refused`: what the compiler said where it did not take the program. `sent`: bytes, by whose count `sent_source` says.
+    `refused`: what the compiler said where it did not take the program. `sent`: bytes, by `source`.
+    `placement`: where each parameter lives, see `layout.placement`.
     """
 
     target: Target
@@ -95,6 +100,8 @@ class Forecast:
     tokens: int
     refused: str
     source: str
+    flops_source: str
+    placement: tuple[Mapping[str, Any], ...]
 
     @property
     def fits(self) -> bool | None:
@@ -134,6 +141,7 @@ class Forecast:
             "refused": self.refused or None,
             "memory": self.bill.as_json(),
             "flops": self.flops,
+            "flops_source": self.flops_source,
             "model_flops": self.model_flops,
             "collectives": [
                 {
@@ -142,6 +150,7 @@ class Forecast:
                     "link": self._link(s),
                     "count": s.count,
                     "wire_bytes": s.bytes,
+                    "seconds": self.cost and self.cost.taken.get((s.op, "+".join(s.axes))),
                 }
                 for s in self.sent
             ],
@@ -150,7 +159,11 @@ class Forecast:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "source": self.source,
+            "placement": list(self.placement),
         }
+
+    def _repr_html_(self) -> str:
+        return fragment(self.as_json())
 
     def _link(self, sent: Sent) -> str | None:
         names = dict.fromkeys(self.cost.links[a] for a in sent.axes if self.cost and a in self.cost.links)
@@ -243,6 +256,8 @@ def _of_paper(
         tokens=_tokens(plan),
         refused="",
         source=source,
+        flops_source=source,
+        placement=placement(plan.leaves, plan.mesh),
     )
 
 
@@ -270,11 +285,13 @@ def bill(plan: Plan, target: Target, paper: Partitioned | None, source: str) -> 
     """State exactly, from its specs; what a step makes from the partitioned program."""
     kinds: dict[str, float] = defaultdict(float)
     modules: dict[str, float] = defaultdict(float)
+    held: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for path, leaf in flatten(plan.abstract_state).items():
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         owner = max((p for p in plan.leaves if f"/{path}".endswith(f"/{p}")), key=len, default="")
-        kind = path.split("/")[0]
-        kinds[{"params": "parameters", "opt_state": "optimizer"}.get(kind, "other")] += size
+        kind = {"params": "parameters", "opt_state": "optimizer"}.get(path.split("/")[0], "other")
+        kinds[kind] += size
+        held[kind][owner or path] += size
         modules[owner.split("/")[0] or "other"] += size
     gradients = 0.0
     for path in flatten(plan.abstract_state.params):
@@ -297,6 +314,7 @@ def bill(plan: Plan, target: Target, paper: Partitioned | None, source: str) -> 
         temporaries=None if paper is None else paper.temporaries,
         peak=state + gradients if paper is None else state + paper.temporaries,
         usable=None if chip is None else chip.usable_bytes,
+        held={part: dict(sizes) for part, sizes in held.items()},
         by_module=dict(modules),
         largest=()
         if paper is None

@@ -134,35 +134,15 @@ def group_loss(model: Model, loss_fn: Callable[..., Any], rows: int, *, train: b
     arity = _arity(loss_fn)
 
     def loss(params: Any, frozen: Any, variables: Any, key: jax.Array, batch: Any) -> tuple[Loss, Any]:
-        bound, rngs = _bound(model, params, frozen, variables, key, train)
-        result = as_loss(loss_fn(bound, batch, *[rngs][: arity - 2]), rows)
+        from flax import nnx
+
+        state = {FROZEN: frozen, VARIABLES: variables}
+        bound = model.bind(params, state, jax.random.fold_in(key, 0), train)
+        rngs = (nnx.Rngs(jax.random.fold_in(key, 1)),) if arity > 2 else ()
+        result = as_loss(loss_fn(bound, batch, *rngs), rows)
         return result, model.variables(bound)
 
     return loss
-
-
-def _bound(
-    model: Model, params: Any, frozen: Any, variables: Any, key: jax.Array, train: bool
-) -> tuple[Any, Any]:
-    """The model of one group, and its random streams."""
-    from flax import nnx
-
-    state = {FROZEN: frozen, VARIABLES: variables}
-    bound = model.bind(params, state, jax.random.fold_in(key, 0), train)
-    return bound, nnx.Rngs(jax.random.fold_in(key, 1))
-
-
-def group_choices(model: Model, loss_fn: Any) -> Any:
-    """What the model decides for each token of one group (the experts that it takes), as a pure function of arrays like
-    `group_loss`; None of a loss that does not say."""
-    if not hasattr(loss_fn, "choices"):
-        return None
-
-    def choices(params: Any, frozen: Any, variables: Any, key: jax.Array, batch: Any) -> Any:
-        bound, rngs = _bound(model, params, frozen, variables, key, True)
-        return loss_fn.choices(bound, batch, rngs)
-
-    return choices
 
 
 def _arity(loss_fn: Callable[..., Any]) -> int:

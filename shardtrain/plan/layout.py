@@ -251,6 +251,23 @@ def report(leaves: Mapping[str, Leaf], mesh: AnyMesh, rules: Rules, state_bytes:
     )
 
 
+def placement(leaves: Mapping[str, Leaf], mesh: AnyMesh) -> tuple[dict[str, Any], ...]:
+    """The same as values: where each parameter lives, its gradient, and the optimizer's copies of it."""
+    return tuple(
+        {
+            "path": leaf.path,
+            "shape": list(leaf.shape),
+            "dtype": str(jnp.dtype(leaf.dtype)),
+            "logical": None if leaf.logical is None else list(leaf.logical),
+            "spec": spec_text(leaf.spec),
+            "gradient": spec_text(leaf.gradient),
+            "optimizer": spec_text(leaf.optimizer),
+            "bytes": leaf.bytes_per_device(mesh),
+        }
+        for leaf in leaves.values()
+    )
+
+
 def spec_text(spec: PartitionSpec) -> str:
     """`P(None, 'fsdp')` without the noise: `. fsdp`."""
     return " ".join("+".join(_names(dim)) or "." for dim in spec) or "whole"

@@ -154,11 +154,9 @@ def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
     rows = plan.global_batch // plan.groups
     parts = part_functions(plan.adapter, pipe, pipe.stages, rows, train=True)
     assert parts is not None
-    params, frozen = (
-        as_compute(tree, plan.compute)
-        for tree in (plan.abstract_state.params, plan.abstract_state.model_state.get(FROZEN, {}))
-    )
-    x = jax.eval_shape(parts.embed, params, frozen, jax.random.key(0), plan.group_batch)
+    params, given = as_compute(plan.abstract_state.params, plan.compute), plan.abstract_state.model_state
+    state = {**given, FROZEN: as_compute(given.get(FROZEN, {}), plan.compute)}
+    x = jax.eval_shape(parts.embed, params, state, jax.random.key(0), plan.group_batch)
     activation = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
     divided = _parts(plan, (a for a in plan.rules.activations.get("seq", ()) if a in plan.mesh.shape))
     deal = pipe.deal
@@ -363,5 +361,7 @@ def _experts(plan: Plan, carried: Traffic, calls: int, add: Any) -> None:
         if name == "expert" and axis == AXIS
     }
     if held:
-        sent = 4 * _share(plan.mesh.shape[AXIS]) * calls * carried.total("experts")
-        add("tokens to experts and back", "all-to-all", (AXIS,), sent, "4f*S*D")
+        sent = _share(plan.mesh.shape[AXIS]) * calls * carried.total("experts")
+        add("tokens to experts and back", "all-to-all", (AXIS,), 4 * sent, "4f*S*D")
+        again = 2 * _run_again(plan) * sent
+        add("tokens to experts of a piece run again", "all-to-all", (AXIS,), again, "2f*S*D*(p*v-1)/(p*v)")

@@ -23,7 +23,6 @@ from shardtrain.plan import layout as layouts
 from shardtrain.plan.compiled import Compiled, EvalStep, Step, use_compilation_cache
 from shardtrain.plan.given import (
     Seen,
-    group_choices,
     group_loss,
 )
 from shardtrain.plan.model import FROZEN, VARIABLES, Model, initial
@@ -281,15 +280,15 @@ class Plan:
         return jax.tree.map(lambda g: g / scalars[1], grads), scalars[0] / scalars[1]
 
     def choices(self, state: TrainState, batch: Any) -> jax.Array | None:
-        """int32 [rows, tokens, ...]: what routers decide for each token in this step; to be traced. None of a model without
-        them, and of a pipeline."""
-        choose, given = group_choices(self.adapter, self.loss_fn), self.abstract_state.model_state
-        if choose is None or self.pipeline is not None:
+        """int32 [rows, tokens, ...]: what routers decide for each token in this step, rows by group; to be traced. None of a
+        model without them, and of a loss that does not say (`Stages.choices`)."""
+        of_loss = getattr(self.loss_fn, "choices", None)
+        if of_loss is None:
             return None
+        parts, given = self._parts(train=True, loss_fn=of_loss), self.abstract_state.model_state
         rest = given.get(FROZEN, {}), given.get(VARIABLES, {}), jax.random.key(0), self.group_batch
-        if jax.eval_shape(choose, self.abstract_state.params, *rest) is None:
-            return None
-        return batches.natural(self, choices(self._parts(train=True), choose, state, batch))
+        told = jax.eval_shape(parts.loss, self.abstract_state.params, *rest)[0].metrics
+        return batches.natural(self, choices(parts, state, batch)) if told else None
 
     def compile(
         self,

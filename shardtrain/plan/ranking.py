@@ -8,6 +8,7 @@ from typing import Any
 from shardtrain.mesh import Target
 from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.forecast import Forecast
+from shardtrain.plan.picture import fragment
 from shardtrain.plan.sketch import Sketch
 from shardtrain.tree import bytes_text, table
 
@@ -141,14 +142,19 @@ class Search:
         return {
             "target": self.target.name,
             "objective": self.objective,
+            "usable": self.target.chip.usable_bytes if self.target.chip else None,
             "candidates": [e.as_json() for e in shown],
             "best": None if self.best is None else self.best.as_json(),
+            "winner": self.best.forecast.as_json() if self.best and self.best.forecast else None,
             "pareto": [e.name for e in self.pareto()],
             "counts": {tier: self.count(tier) for tier in TIERS},
             "words": self.words(),
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
+
+    def _repr_html_(self) -> str:
+        return fragment(self.as_json())
 
     def text(self, top: int = 5) -> str:
         """A table of the best, and what became of the others."""
@@ -195,6 +201,9 @@ def reason(entry: Entry, best: Entry | None) -> str:
             entry.forecast.refused
             or f"does not fit: {bytes_text(bill.peak)} of {bytes_text(bill.usable or 0)}"
         )
+    usable = best.forecast.bill.usable if best is not None and best.forecast else None
+    if entry.forecast is None and usable is not None and (entry.peak or 0.0) > usable:
+        return f"sketched too big: {bytes_text(entry.peak or 0.0)} of {bytes_text(usable)}"
     if best is None or not entry.seconds or not best.seconds:
         return ""
     text = f"{entry.seconds / best.seconds:.2f} x the time"

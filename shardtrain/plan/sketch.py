@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from shardtrain.mesh import Target
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.presets import PRESETS
+from shardtrain.parallel.quantised import check_quant
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.cost import Constants, Cost, Sent, cost
@@ -95,6 +96,7 @@ class Sketcher:
         layouts.check_mesh(mesh, rules)
         rows, groups = group_count(self.batch, mesh, rules, candidate.microbatches, None)
         check_sequence(self.batch, mesh, rules)
+        check_quant(one.quant, mesh.shape, rules.sequence_axes(mesh))
         calls = groups // math.prod(mesh.shape[a] for a in rules.batch_axes(mesh))
         pipe = as_pipeline(
             one.adapter,
@@ -143,7 +145,9 @@ class Sketcher:
             one = dataclasses.replace(plan, batch=self.one.batch, global_batch=1, groups=1)
             self._carried[key] = traffic_of(one)
         edges = self._carried[key].edges
-        return Traffic(tuple(dataclasses.replace(e, bytes=e.bytes * rows) for e in edges))
+        return Traffic(
+            tuple(dataclasses.replace(e, bytes=e.bytes * rows, scales=e.scales * rows) for e in edges)
+        )
 
     def _runs(self, plan: Plan, term: Term) -> float:
         """Collectives of a term, for their latency: of each leaf once a step, or of each layer and microbatch."""

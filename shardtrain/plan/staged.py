@@ -14,9 +14,10 @@ from shardtrain.parallel.groups import Loss, as_loss
 from shardtrain.parallel.pipeline import Pipeline
 from shardtrain.parallel.schedules import Schedule, named, table
 from shardtrain.parallel.stages import STAGE, Deal, Stages
-from shardtrain.plan.model import FROZEN, VARIABLES, Model
+from shardtrain.plan.model import VARIABLES, Model
 from shardtrain.sharding import Rules
 from shardtrain.train.pipelined import PartFunctions
+from shardtrain.tree import flatten
 
 Logical = tuple[str | None, ...] | None
 
@@ -34,7 +35,7 @@ def as_pipeline(
     """How the loss goes through the stages of the mesh; None where it has none.
 
     Raises:
-        ConfigError: the loss does not say its parts, or has state that a pipeline does not carry; a schedule of other
+        ConfigError: the loss does not say its parts, or has state that it does not carry on; a schedule of other
             sizes. ShardingError: no such stack, or fewer layers than pieces.
     """
     axes = rules.stage_axes(mesh)
@@ -71,7 +72,7 @@ def _check_parts(model: Model, loss_fn: Any, model_state: Mapping[str, Any], sta
             f"st.Loss(...), blocks='path of the stacked layers'), which is a loss function too; or {STAGE}=1",
         )
     streams = jax.tree.leaves(getattr(model, "rngs", ()))
-    if jax.tree.leaves(model_state.get(VARIABLES, {})) or streams:
+    if (jax.tree.leaves(model_state.get(VARIABLES, {})) and loss_fn.begin is None) or streams:
         what = "random streams" if streams else "variables"
         raise ConfigError(
             f"the model keeps {what} of its own",
@@ -79,7 +80,7 @@ def _check_parts(model: Model, loss_fn: Any, model_state: Mapping[str, Any], sta
             why="a pipeline carries activations from stage to stage, and no other state",
             fix="dropout with the key that block gets: block=lambda layer, x, key: x"
             if streams
-            else f"norms without running statistics, or {STAGE}=1",
+            else f"norms without running statistics, st.Stages(begin=...) whose head sets them, or {STAGE}=1",
         )
 
 
@@ -122,9 +123,17 @@ def _layers(stages: Stages, shapes: Mapping[str, Any]) -> int:
 def with_layers(
     pipe: Pipeline | None, axes: Mapping[str, Logical], shapes: Mapping[str, Any]
 ) -> dict[str, Logical]:
-    """Logical axes, with the leading dim of the stack called layers whether the model says so or not."""
-    named = lambda path, names: ("layers", *(names or (None,) * len(shapes[path].shape))[1:])  # noqa: E731
-    return {p: named(p, names) if pipe is not None and pipe.owns(p) else names for p, names in axes.items()}
+    """Logical axes, with the leading dim of the stack called layers whether the model says so or not; of a stack that is no
+    part of the pipeline it has no name, since every stage has all of it."""
+    if pipe is None:
+        return dict(axes)
+
+    def named(path: str, names: Logical) -> Logical:
+        if pipe.owns(path):
+            return ("layers", *(names or (None,) * len(shapes[path].shape))[1:])
+        return names if names is None else tuple(None if n == "layers" else n for n in names)
+
+    return {path: named(path, names) for path, names in axes.items()}
 
 
 def at_rest(pipe: Pipeline | None, rules: Rules) -> Rules:
@@ -145,24 +154,30 @@ def part_functions(
             fix=f"st.Stages(embed, block, head, blocks='{pipe.stages.blocks}')",
         )
 
-    def bound(params: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
+    def bound(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
         from flax import nnx
 
-        module = model.bind(params, {FROZEN: frozen}, jax.random.fold_in(key, 0), train)
+        module = model.bind(params, state, jax.random.fold_in(key, 0), train)
+        if stages.begin is not None:
+            stages.begin(module)
         return module, nnx.Rngs(jax.random.fold_in(key, 1))
 
-    def embed(params: Any, frozen: Any, key: jax.Array, batch: Any) -> Any:
-        module, rngs = bound(params, frozen, key)
+    def embed(params: Any, state: Any, key: jax.Array, batch: Any) -> Any:
+        module, rngs = bound(params, state, key)
         return stages.first(module, batch, rngs)
 
-    def layers(params: Any, frozen: Any, key: jax.Array, batch: Any, x: Any, places: jax.Array) -> Any:
-        module, rngs = bound(params, frozen, key)
+    def layers(params: Any, state: Any, key: jax.Array, batch: Any, x: Any, places: jax.Array) -> Any:
+        variables = flatten(state.get(VARIABLES, {}))
+        mine = [v[jnp.maximum(places, 0)] if pipe.owns(p) else v for p, v in variables.items()]
+        mine = jax.tree.unflatten(jax.tree.structure(state.get(VARIABLES, {})), mine)
+        module, rngs = bound(params, {**state, VARIABLES: mine}, key)
         key = stages.layer_key(module, rngs)
         keys = None if key is None else jax.random.split(key, pipe.deal.layers)[jnp.maximum(places, 0)]
         return stages.run(module, x, keys, batch, None if pipe.deal.equal else places >= 0)
 
-    def head(params: Any, frozen: Any, key: jax.Array, batch: Any, x: Any) -> Loss:
-        module, rngs = bound(params, frozen, key)
-        return as_loss(stages.last(module, x, batch, stages.head_rngs(rngs)), rows)
+    def head(params: Any, state: Any, key: jax.Array, batch: Any, x: Any) -> tuple[Loss, Any]:
+        module, rngs = bound(params, state, key)
+        loss = as_loss(stages.last(module, x, batch, stages.head_rngs(rngs)), rows)
+        return loss, model.variables(module)
 
     return PartFunctions(embed, layers, head)

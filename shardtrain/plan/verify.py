@@ -76,7 +76,7 @@ def bounds_of(precision: str, quant: str | None) -> Bounds:
 class Compared:
     """One layout against one device. Differences are relative; `first_difference` names the first leaf over its
     tolerance, or says why the layout cannot be. `flips`: of the choices of experts in the first step, by token, layer and
-    place, those that the reference did not make; None of a model that makes none, and of a pipeline."""
+    place, those that the reference did not make; None of a model that makes none."""
 
     layout: str
     mesh: dict[str, int]

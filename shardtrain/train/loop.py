@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from shardtrain.errors import CheckpointError, RunError
-from shardtrain.train.guard import Watch
+from shardtrain.train.guard import Verdicts
 from shardtrain.train.hooks import Hook
 from shardtrain.train.replicas import Replicas
 
@@ -54,6 +54,12 @@ class Meter(Protocol):
     def mfu(self) -> float | None: ...
 
     def seconds_left(self, steps: int) -> float | None: ...
+
+
+class Watch(Protocol):
+    """What the loop tells of where it is (`shardtrain.watch`)."""
+
+    def phase(self, name: str, step: int, hidden: bool = False) -> None: ...
 
 
 class Display(Protocol):
@@ -101,6 +107,7 @@ def run_loop(
     last_evaluated: int = -1,
     on_nonfinite: Literal["stop", "continue"] = "stop",
     watch: Watch | None = None,
+    verdicts: Verdicts | None = None,
     replicas: Replicas | None = None,
 ) -> LoopResult:
     """Train from `first_step` to `steps`.
@@ -114,7 +121,8 @@ def run_loop(
             the held-out rows; every `eval_every` steps and at the end.
         last_evaluated: step of an evaluation that a resumed run has already.
         on_nonfinite: "continue" leaves a loss that is no number to the hooks, and saves what there is.
-        watch: of a step that has a guard; skipped steps are its own.
+        watch: is told every phase: data, dispatch, wait, hooks, evaluate, save.
+        verdicts: of a step that has a guard; skipped steps are its own.
         replicas: compared every so many steps and before saves that are due or the last.
 
     The first Ctrl-C or SIGTERM ends the step under way, saves and returns; a second one during the
@@ -132,8 +140,17 @@ def run_loop(
     result = LoopResult(state, first_step, "done", [], [])
     waiting: deque[Any] = deque()  # batches put ahead
     pending: tuple[int, dict[str, Any], Any] | None = None  # metrics and checksums not read yet
+    newest: dict[str, Any] = {}  # of the step dispatched last
     unwritten: list[int] = []  # steps whose metrics could not be
     failed, begun = 0, False  # saves in a row that failed; whether one has begun since
+
+    def at(phase: str, number: int, hidden: bool = False) -> None:
+        if watch is not None:
+            watch.phase(phase, number, hidden)
+
+    def busy() -> bool:
+        """The devices work: what the host does meanwhile costs nothing. Outputs of a program are ready together."""
+        return watch is not None and bool(newest) and not next(iter(newest.values())).is_ready()
 
     def fill() -> None:
         while len(waiting) <= AHEAD and first_step + taken + len(waiting) < steps:
@@ -160,8 +177,10 @@ def run_loop(
         if pending is None:
             return
         number, device_metrics, checksums = pending
+        at("wait", number, busy())
         pending = None
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        at("hooks", number)
         metrics["step_seconds"] = meter.step(metrics.get("tokens", 0.0))
         result.history.append({"step": number, **metrics})
         write(number, metrics)
@@ -172,7 +191,7 @@ def run_loop(
         if replicas is not None and checksums is not None:
             replicas.judge(number, checksums)  # first: a flipped bit is often why a loss is none
         leaving = signals.alone or result.stopped in ("interrupted", "preempted")
-        skipped = watch is not None and watch.skipped(number, metrics, rewinds=not leaving)
+        skipped = verdicts is not None and verdicts.skipped(number, metrics, rewinds=not leaving)
         if on_nonfinite == "stop" and not skipped:
             _require_finite(number, metrics, result.history)
 
@@ -184,9 +203,11 @@ def run_loop(
             or (result.evaluations[-1:] and result.evaluations[-1]["step"] == number)
         ):
             return
+        at("evaluate", number)
         totals: dict[str, Any] | None = None
         running: deque[Any] = deque()  # sums not waited for: batches must not pile up on the device
         for batch in eval_batches():
+            at("evaluate", number)
             sums = dict(evaluate(result.state, put(batch)))
             totals = sums if totals is None else jax.tree.map(_add, totals, sums)
             running.append(sums)
@@ -213,6 +234,7 @@ def run_loop(
         if force or signals.alone or is_due(number):
             read()  # a save waits for this step anyway; one that gave no number must not be kept
         nonlocal failed, begun
+        at("save", number)
         try:
             if checkpoints.save(result.state, step=number, force=force):
                 meter.start()
@@ -236,12 +258,16 @@ def run_loop(
             hook.on_start(first_step, state)
         meter.start()
         for number in range(first_step + 1, steps + 1):
+            at("data", number)
             fill()
             if not waiting:
                 result.stopped = "data ended"
                 break
+            at("dispatch", number, busy())
             result.state, metrics = step_function(result.state, waiting.popleft())
+            newest = metrics
             result.step, taken = number, taken + 1
+            at("data", number + 1)
             fill()
             read()
             compares = replicas is not None and (number % replicas.every == 0 or is_due(number))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from shardtrain.parallel import pipeline
 from shardtrain.parallel.groups import Loss
 from shardtrain.parallel.pipeline import Pipeline, Work
+from shardtrain.parallel.precision import wide, widen
 from shardtrain.tree import flatten
 
 
@@ -19,13 +20,14 @@ from shardtrain.tree import flatten
 class PartFunctions:
     """The loss of one group in parts, as pure functions; `params` and `frozen` as the loss sees them.
 
-    `embed(params, frozen, key, rows) -> x`. `layers(params, frozen, key, rows, x, places) -> x`, where the stack
-    holds the layers of one piece, and `places` says which these are. `head(params, frozen, key, rows, x) -> Loss`.
+    `embed(params, state, key, rows) -> x`. `layers(params, state, key, rows, x, places) -> x`, where the stack
+    holds the layers of one piece, and `places` says which these are. `head(params, state, key, rows, x) -> (Loss, new
+    variables)`. `state`: frozen parameters and variables, as the model's.
     """
 
     embed: Callable[..., Any]
     layers: Callable[..., Any]
-    head: Callable[..., Loss]
+    head: Callable[..., tuple[Loss, Any]]
 
 
 def pipelined(
@@ -33,26 +35,29 @@ def pipelined(
     functions: PartFunctions,
     params: Any,
     frozen: Any,
+    variables: Any,
     *,
     whole: Callable[[Any], Any],
     rng: Callable[[jax.Array], jax.Array],
     rows: Any,
-    scalars: Callable[[Loss], jax.Array],
+    told: Callable[[Loss, jax.Array], Any],
+    last: Callable[[str], bool],
     axes: tuple[str, ...],
     train: bool,
     masked: bool,
-) -> tuple[Any, jax.Array]:
-    """Gradients of all groups of this batch shard, and their scalars.
+) -> tuple[Any, tuple[jax.Array, Any]]:
+    """Gradients of all groups of this batch shard, what is told of their losses, and the variables that they leave.
 
     Args:
         params, frozen: this stage's, as they arrive in the manual region, held leaves gathered.
         whole: makes a tree of parameters what the loss sees. rng: microbatch -> its group's key.
-        rows: leaves [microbatches, rows, ...]. scalars: of a loss, as one vector.
+        rows: leaves [microbatches, rows, ...]. told: `(loss, microbatch) -> arrays`, which are added up.
+        last: whether of the variable at a path the last microbatch's counts, not the sum.
         masked: all stages run everything, see `parallel/pipeline.py`.
 
     Returns:
-        `(gradients, vector)`, float32 or wider. Both are this stage's part of a sum over `stage`; gradients of a stack
-        that is divided over `stage` are whole. None in place of the gradients without `train`.
+        `(gradients, (told, variables))`, float32 or wider. All are this stage's part of a sum over `stage`; gradients of a
+        stack that is divided over `stage` are whole. None in place of the gradients without `train`.
     """
     shared, stack = _parted(pipe, params)
     fixed, fixed_stack = _parted(pipe, frozen)
@@ -61,9 +66,11 @@ def pipelined(
     row = lambda i: jax.tree.map(lambda x: x[i], rows)  # noqa: E731
 
     def model(shared: Any, stack: Any, c: jax.Array | None = None) -> tuple[Any, Any]:
-        """Parameters and frozen parameters as the loss sees them, with the layers of one piece in place of the stack."""
+        """Parameters and state as the loss sees them, with the layers of one piece in place of the stack; variables have
+        all layers."""
         mine = one(fixed_stack) if c is None else jax.tree.map(lambda a: a[c], fixed_stack)
-        return whole(_joined(params, shared, stack)), whole(_joined(frozen, fixed, mine))
+        state = {"frozen": whole(_joined(frozen, fixed, mine)), "variables": variables}
+        return whole(_joined(params, shared, stack)), state
 
     def embed(shared: Any, i: jax.Array) -> Any:
         return functions.embed(*model(shared, one(stack)), rng(i), row(i))
@@ -71,10 +78,14 @@ def pipelined(
     def piece(own: Any, c: jax.Array, i: jax.Array, x: Any) -> Any:
         return functions.layers(*model(shared, own, c), rng(i), row(i), x, places[c])
 
-    def head(shared: Any, i: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
-        loss = functions.head(*model(shared, one(stack)), rng(i), row(i), x)
-        vector = scalars(loss)
-        return jnp.asarray(loss.sum, vector.dtype), vector
+    def head(shared: Any, i: jax.Array, x: Any) -> tuple[jax.Array, Any]:
+        loss, new = functions.head(*model(shared, one(stack)), rng(i), row(i), x)
+        count = jax.tree.leaves(rows)[0].shape[0]
+        kept = [
+            jnp.where(i == count - 1, v, 0) if last(path) else widen(v) for path, v in flatten(new).items()
+        ]
+        total = jnp.asarray(loss.sum)
+        return total.astype(wide(total)), (told(loss, i), jax.tree.unflatten(jax.tree.structure(new), kept))
 
     work = Work(embed, piece, head)
     d_shared, d_stack, total = pipeline.run(

@@ -157,8 +157,9 @@ def gradients(
         params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
         variables = model_state.get("variables", {})
         if parts.pipeline is not None:
-            grads, scalars = _pipelined(parts, params, frozen, (key, step, groups), batch, names, train=True)
-            new = variables
+            grads, (scalars, new) = _pipelined(
+                parts, params, frozen, variables, (key, step, groups), batch, _named(names), train=True
+            )
         else:
             grads, scalars, new = _over_groups(
                 lambda group, rows: one_group(params, frozen, variables, key, step, group, rows),
@@ -185,21 +186,33 @@ def gradients(
     return grads, scalars.sum(axis=0), new, names[0]
 
 
-def choices(parts: StepParts, choose: Callable[..., Any], state: TrainState, batch: Any) -> jax.Array:
-    """`choose(params, frozen, variables, key, rows) -> [rows, tokens, ...]` of every group, with what this step's loss
-    would get; [rows, tokens, ...] as devices hold them."""
+def choices(parts: StepParts, state: TrainState, batch: Any) -> jax.Array:
+    """The metric `choices` [rows, tokens, ...] of every group, in the forward of this step, as devices hold them.
+
+    `parts.loss` and `parts.functions`: of `Stages.choices`.
+    """
 
     def local(
         params: Any, model_state: Any, key: jax.Array, step: jax.Array, groups: jax.Array, batch: Any
     ) -> Any:
         params, frozen = _held(parts, params), _held(parts, model_state.get("frozen", {}))
+        variables, count = model_state.get("variables", {}), groups.shape[0]
 
         def one(xs: Any) -> jax.Array:
             group_rng = group_key(jax.random.wrap_key_data(key), step, xs[0])
             whole = _whole(parts, params), _whole(parts, frozen)
-            return choose(*whole, model_state.get("variables", {}), group_rng, xs[1])
+            return parts.loss(*whole, variables, group_rng, xs[1])[0].metrics["choices"]
 
-        made = jax.lax.map(one, (groups, _rows(batch, parts)))
+        def at(loss: Loss, i: jax.Array) -> jax.Array:
+            made = loss.metrics["choices"]
+            return varying(jnp.zeros((count, *made.shape), made.dtype), parts.axes).at[i].set(made)
+
+        if parts.pipeline is not None:
+            keys = key, step, groups
+            found = _pipelined(parts, params, frozen, variables, keys, batch, at, train=False)[1][0]
+            made = jax.lax.psum(found, STAGE)  # the last stage has them
+        else:
+            made = jax.lax.map(one, (groups, _rows(batch, parts)))
         return made.reshape(-1, *made.shape[2:])
 
     outs = field_spec(2, parts.batch_axes, parts.sequence_axes)
@@ -237,27 +250,42 @@ def _on_devices(parts: StepParts, local: Callable[..., Any], out_specs: Any) -> 
     return run
 
 
-def _pipelined(
-    parts: StepParts, params: Any, frozen: Any, keys: Any, batch: Any, names: list[Any], *, train: bool
-) -> Any:
-    """Gradients and scalars of this stage's part of all groups that its batch shard holds."""
-    assert parts.pipeline is not None and parts.functions is not None
-    key, step, groups = keys
+def _named(names: list[tuple[str, ...]]) -> Callable[[Loss, jax.Array], jax.Array]:
+    """The scalars of a loss; the names of its metrics go into the list."""
 
-    def scalars(loss: Loss) -> jax.Array:
+    def scalars(loss: Loss, _: jax.Array) -> jax.Array:
         vector, metric_names = _scalars(loss)
         names.append(metric_names)
         return vector
 
+    return scalars
+
+
+def _pipelined(
+    parts: StepParts,
+    params: Any,
+    frozen: Any,
+    variables: Any,
+    keys: Any,
+    batch: Any,
+    told: Callable[[Loss, jax.Array], Any],
+    *,
+    train: bool,
+) -> Any:
+    """Gradients, and what is `told` of each loss and new variables, of this stage's part of all groups that its batch shard holds."""
+    assert parts.pipeline is not None and parts.functions is not None
+    key, step, groups = keys
     return pipelined(
         parts.pipeline,
         parts.functions,
         params,
         frozen,
+        variables,
         whole=lambda tree: _whole(parts, tree),
         rng=lambda i: group_key(jax.random.wrap_key_data(key), step, groups[i]),
         rows=_rows(batch, parts),
-        scalars=scalars,
+        told=told,
+        last=lambda path: _merges(path, flatten(variables)[path], parts) == "last",
         axes=parts.axes,
         train=train,
         masked=bool(parts.sequence_axes) and parts.layout.attention == "ring",
@@ -313,6 +341,8 @@ def _merge(total: jax.Array, path: str, old: jax.Array, parts: StepParts) -> jax
     how, axes = _merges(path, old, parts), parts.axes
     copies = parts.groups * math.prod(parts.mesh.shape[a] for a in parts.sequence_axes)
     if how == "last":
+        if parts.pipeline is not None:  # of the last stage; the others have none
+            total, axes = jax.lax.psum(total, STAGE), tuple(a for a in axes if a != STAGE)
         return jax.lax.pmax(total, axes) if axes else total
     total = jax.lax.psum(total, axes) if axes else total
     if how == "sum":
@@ -394,7 +424,10 @@ def evaluate_step(parts: StepParts, state: TrainState, batch: Any) -> dict[str, 
             return scalars
 
         if parts.pipeline is not None:
-            return _pipelined(parts, params, frozen, (key, step, groups), batch, names, train=False)[1][None]
+            keys = key, step, groups
+            return _pipelined(parts, params, frozen, variables, keys, batch, _named(names), train=False)[1][
+                0
+            ][None]
         return _over_groups(one, groups, batch, parts)[None]
 
     run = _on_devices(parts, local, PartitionSpec(parts.axes or None))

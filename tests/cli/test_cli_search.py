@@ -48,11 +48,13 @@ def test_ways_to_fit(config, as_json, monkeypatch):
     assert [w["step_seconds"] for w in ways] == sorted(w["step_seconds"] for w in ways)
 
 
-def test_several_targets(config, as_json):
-    """Strong scaling is of tokens per device; the first target is 1. The fault in mind: each against itself."""
-    code, found = as_json(
-        "plan", config, "--target", "h100:1x8,h100:2x8", "--compile", "no", "--mesh.data", "-1"
-    )
+def test_several_targets(config, as_json, tmp_path):
+    """Strong scaling is of tokens per device; the first target is 1; both are on the page. The fault in mind: each
+    against itself."""
+    targets = ["--target", "h100:1x8,h100:2x8", "--compile", "no", "--mesh.data", "-1"]
+    code, found = as_json("plan", config, *targets, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("Memory of one device") == 2 and all(r["target"] in page for r in found["scaling"])
     assert code == 0 and [row["devices"] for row in found["scaling"]] == [8, 16]
     first, second = found["scaling"]
     assert first["strong"] == 1 and second["weak"] is not None
@@ -60,10 +62,15 @@ def test_several_targets(config, as_json):
 
 
 def test_search_writes_what_train_takes(config, as_json, tmp_path):
-    """The winner differs from the config in its layout alone. The fault in mind: the global batch of the sketch."""
-    file = tmp_path / "best.json"
+    """The winner differs from the config in its layout alone, its forecast is that of the entry that won, and all
+    layouts are on the page. The fault in mind: the global batch of the sketch."""
+    file, page = tmp_path / "best.json", tmp_path / "page.html"
     few = ["--axes", "data,fsdp", "--partitions", "2", "--compiles", "0"]
-    code, found = as_json("search", config, "--target", "h100:1x8", *few, "--write", file)
+    code, found = as_json("search", config, "--target", "h100:1x8", *few, "--write", file, "--html", page)
+    assert all(c["layout"] in page.read_text() for c in found["candidates"])
+    winner = found["winner"]
+    assert winner["memory"]["peak"] == found["best"]["memory"] and winner["mesh"] == found["best"]["mesh"]
+    assert winner["step_seconds"]["total"] == found["best"]["step_seconds"]
     assert code == 0 and {"target", "candidates", "best", "seconds"} <= set(found)
     keys = "mesh rules remat microbatches schedule fits memory step_seconds why source"
     assert all(set(keys.split()) <= set(c) for c in found["candidates"]) and len(found["candidates"]) > 10

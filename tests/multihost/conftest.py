@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CONFIG = '''"""A small network on rows with a number each."""
-import os
+import dataclasses, os
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 import shardtrain as st
@@ -69,6 +69,22 @@ def tiny():
         optimizer=Optimizer(learning_rate=1e-2, decay="constant"), monitor=Monitor(tensorboard=False),
         steps=8, eval_every=0, checkpoint_every=2, devices="cpu:4", output="",
     )
+
+
+def me():
+    return int(os.environ.get("JAX_PROCESS_ID", "0"))
+
+
+def another_config():
+    return dataclasses.replace(tiny(), optimizer=Optimizer(learning_rate=1e-2 * (1 + me()), decay="constant"))
+
+
+def another_loss(model, batch, rngs):
+    return loss(model, {**batch, "x": batch["x"] * (1 + me())}, rngs)
+
+
+def another_program():
+    return dataclasses.replace(tiny(), model=custom(net, another_loss, data, width=16))
 '''
 
 
@@ -101,13 +117,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def one_of():
+    """Variables of one process that something else starts."""
+    return environment
+
+
+@pytest.fixture(scope="session")
 def launch(folder):
     """`launch("name", "--processes", "2", train=["--steps", "4"])`: trains into FOLDER/name."""
 
     def run(name, *flags, train=(), config=None, timeout=280):
         output = folder / name
         command = [sys.executable, "-m", "shardtrain", "launch", "local", "--json", *flags, "--"]
-        command += ["train", config or f"{folder / 'my.py'}:tiny", "--output", str(output), *train, "--json"]
+        config = (config or "CONFIG:tiny").replace("CONFIG", str(folder / "my.py"))
+        command += ["train", config, "--output", str(output), *train, "--json"]
         done = subprocess.run(
             command, env=environment(folder), capture_output=True, text=True, timeout=timeout
         )

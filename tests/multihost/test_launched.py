@@ -31,6 +31,13 @@ def test_a_killed_process_costs_nothing(launch, one, folder):
     assert [row["step"] for row in two.rows] == list(range(1, 9))
     assert two.curve("ids") == one.curve("ids") and two.curve("squares") == one.curve("squares")
     assert two.curve() == pytest.approx(one.curve(), rel=1e-6)
+    spent = json.loads((two.output / "goodput.json").read_text())
+    parts = spent["parts"]
+    assert spent["attempts"] == 2 and sum(parts.values()) == pytest.approx(spent["wall_seconds"])
+    launched = sum(a["seconds"] for a in two.json["attempts"])
+    assert launched - 10 < spent["wall_seconds"] < launched + 1  # what follows the last step is not the run's
+    assert all(parts[p] > 0 for p in ("compute", "compile", "checkpoint", "start", "restart", "lost"))
+    assert json.loads((two.output / "processes.json").read_text())["seconds"].keys() == {"0", "1"}
     first, second = (set(read(folder, 2, p)) - {0} for p in (0, 1))  # 0: its shape is asked for by all
     assert not first & second and {i // 16 for i in first} == {i // 16 for i in second} >= set(range(8))
     assert len(set(i % 16 for i in first)) == len(set(i % 16 for i in second)) == 8

@@ -11,14 +11,21 @@ import pytest
 from compare import leaf_difference
 
 import shardtrain as st
-from shardtrain.models import GPTConfig, LlamaConfig, build_model, language_model_loss
+from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig, build_model, language_model_loss
 from shardtrain.parallel.schedules import BACKWARD, INPUT, WEIGHT
+from shardtrain.plan.verify import chosen
 from shardtrain.tree import flatten
 
 GPT = GPTConfig(vocab=128, sequence=16, embed=64, layers=8, heads=4, dropout=0.1)
+EXPERTS = dict(
+    vocab=128, sequence=16, embed=32, heads=4, kv_heads=4, expert_mlp=32, dropout=0.1, bias_rate=0.01
+)
 MODELS = {
     "gpt": GPT,
     "gpt6": dataclasses.replace(GPT, layers=6, tied=False),
+    "moe": MoEConfig(**EXPERTS, layers=3, dense_layers=1, mlp=64, shared=1, capacity=1.0, score="sigmoid"),
+    "dropless": MoEConfig(**EXPERTS, layers=4, capacity=0.0, remat="full"),
+    "moe3": MoEConfig(**EXPERTS, layers=3),
     "llama": LlamaConfig(
         vocab=128, sequence=16, embed=64, layers=4, heads=4, kv_heads=2, mlp=128, dropout=0.1, remat="dots"
     ),
@@ -79,10 +86,21 @@ CASES = {
     "uneven layers": ("gpt6", {"stage": 4, "fsdp": 2}, "1f1b"),
     "ring attention": ("llama", {"stage": 2, "context": 2, "data": 2}, "gpipe"),
     "a table": ("gpt", {"stage": 2, "data": 4}, half_split(2)),
+    "experts, gpipe": ("moe", {"stage": 2, "expert": 4}, "gpipe"),
+    "experts, 1f1b": ("dropless", {"stage": 4, "expert": 2}, "1f1b"),
+    "experts and data": ("dropless", {"stage": 2, "data": 2, "expert": 2}, "gpipe"),
+    "experts and tensor": ("moe", {"stage": 2, "expert": 2, "tensor": 2}, "1f1b"),
+    "experts, interleaved": ("dropless", {"stage": 2, "fsdp": 2, "expert": 2}, "interleaved:2"),
+    "experts, zb": ("moe", {"stage": 2, "data": 4}, "zb"),
+    "experts, uneven": ("moe3", {"stage": 2, "data": 2, "expert": 2}, "1f1b"),
 }
 
 
-LONGER = ("all stages", "a table")  # what the others show too; for `pytest -m slow`
+LONGER = (
+    "all stages",
+    "a table",
+    *(c for c in CASES if c.startswith("experts")),
+)  # what the others show too; for `pytest -m slow`
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in LONGER)) for c in CASES])
@@ -113,6 +131,44 @@ def test_training_and_evaluation():
         types = {p: x.sharding for p, x in flatten(state).items()}
         assert types == {p: x.sharding for p, x in flatten(plan.abstract_state).items()}
     np.testing.assert_allclose(*seen, rtol=1e-5)
+
+
+def test_what_layers_tell_travels():
+    """Two steps of a mixture of experts whose balance, drops and biases go through the stages: losses, metrics and
+    parameters as on one device, the load of each expert and the biases bit for bit. Failed once with the biases of stages
+    that have none."""
+    seen = []
+    for sizes in ({"data": 1}, {"stage": 2, "data": 2, "expert": 2}):
+        plan = planned("moe", sizes)
+        state, step, data = plan.init(0), plan.compile(), plan.put(batch())
+        told = []
+        for _ in range(2):
+            state, metrics = step(state, data)
+            told.append({k: float(v) for k, v in metrics.items()})
+        seen.append((told, jax.device_get(flatten(state.params)), jax.device_get(flatten(state.model_state))))
+    audit = st.audit(step)  # an exchange of a piece that runs again is sent again
+    assert audit.ratio == pytest.approx(1, abs=0.02) and not audit.findings, str(audit)
+    (one, expected, before), (many, params, variables) = seen
+    for a, b in zip(many, one, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert one[0]["dropped"] > 0 and {"balance", "router_z", "ce"} <= set(one[0])
+    assert variables.keys() == before.keys() and len(variables) == 2
+    for path, value in before.items():
+        np.testing.assert_array_equal(variables[path], value)
+        assert value.std() > 0
+    worst, leaf = leaf_difference(params, expected)
+    assert worst < 1e-5, f"parameter {leaf} differs by {worst:.2e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved:2"])
+def test_choices_of_all_stages(schedule):
+    """Each token's experts in the layers of both stages, as on one device. Failed once with those of the last layer alone."""
+    expected = planned("dropless", {"data": 1})
+    expected = chosen(expected, expected.init(0), batch())
+    plan = planned("dropless", {"stage": 2, "data": 2, "expert": 2}, schedule=schedule)
+    np.testing.assert_array_equal(chosen(plan, plan.init(0), batch()), expected)
+    assert expected.shape == (16, 16, 4, 2)
 
 
 WIDTH, ROWS = 64, 4

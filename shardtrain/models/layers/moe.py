@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.models.layers.dense import normal
 from shardtrain.models.layers.mlp import GatedMlp
 from shardtrain.parallel.expert import expert_mlp
-from shardtrain.parallel.precision import widen
+from shardtrain.parallel.fsdp import alike
+from shardtrain.parallel.precision import wide, widen
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.routing import balance_loss, load, route, router_z_loss, scores_of
 from shardtrain.sharding import constrain
@@ -36,7 +37,23 @@ class Routed:
     router_z: jax.Array
     load: jax.Array
     dropped: jax.Array
-    chosen: jax.Array
+    chosen: jax.Array | None
+
+    @staticmethod
+    def of_none(layers: int, experts: int, like: jax.Array) -> Routed:
+        """Of a stack before its first layer: zeros, with a leading dim of layers and without the choices."""
+        zeros = lambda *shape: alike(jnp.zeros((layers, *shape), wide(like)), like)[0]  # noqa: E731
+        return Routed(zeros(), zeros(), zeros(experts), zeros(), None)
+
+    def with_choices(self, shape: tuple[int, ...], like: jax.Array) -> Routed:
+        """With room for the choices [B, T, k] of each layer, which have no gradient: for a forward alone."""
+        room = alike(jnp.zeros((self.balance.size, *shape), jnp.int32), like)[0]
+        return dataclasses.replace(self, chosen=room)
+
+    def after(self, before: Routed) -> Routed:
+        """What the layers before told, and this one at the end: after all layers it stands in their order."""
+        mine = self if before.chosen is not None else dataclasses.replace(self, chosen=None)
+        return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), before, mine)
 
 
 class ExpertMlp(nnx.Module):

@@ -10,6 +10,7 @@ import pytest
 
 from shardtrain.cli import main
 from shardtrain.launch.record import process_of, read_record, started_again, write_record
+from shardtrain.watch import Beat, Ledger, write_table
 
 
 @pytest.fixture
@@ -40,6 +41,24 @@ def test_status(run, capfd):
     stands.kill()
     stands.wait()
     assert process_of(read_record(path)) is None
+
+
+def test_status_says_where_the_time_went(run, capfd):
+    """Goodput, the table of processes with the slow one, and what was kept of stuck ones. Failed once without the table."""
+    path, _ = run
+    rows = {0: {"data": 0.01, "wait": 0.09}, 1: {"data": 0.08, "wait": 0.02}}
+    write_table(path, [Beat(p, 1, "wait", 5, 0.0, means=row) for p, row in rows.items()])
+    Ledger(clock=iter(range(9)).__next__, age=3.0).write(path)
+    (path / "stuck").mkdir()
+    (path / "stuck" / "process-1.txt").write_text("where it was")
+    capfd.readouterr()
+    assert main(["status", str(path)]) == 0
+    out = capfd.readouterr().out
+    assert "process 1 is slow: 80.0 ms of a step in data" in out and "stuck/process-1.txt" in out
+    assert "goodput 0.0% of 4.0 s (start 4.0 s)" in out
+    assert main(["status", str(path), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["processes"]["slow"] == 1 and found["goodput"]["wall_seconds"] == 4.0
 
 
 def test_stop_asks_the_launcher(run):

@@ -20,7 +20,7 @@ from shardtrain.models import (
     moe,
     parameter_count,
 )
-from shardtrain.models.layers.moe import balanced_bias
+from shardtrain.models.layers.moe import Routed, balanced_bias
 
 SIZES = dict(vocab=32, sequence=16, embed=16, layers=2, heads=4, kv_heads=2, experts=4, expert_mlp=24)
 CONFIGS = {
@@ -220,7 +220,13 @@ def test_tiny_is_as_large_as_the_others():
     assert 1e6 < parameter_count(moe.TINY) < 2.5e6 and parameter_count(llama.TINY) < parameter_count(moe.TINY)
 
 
-def test_stages_are_refused():
-    """The fault in mind: a pipeline that trains without the losses that balance."""
-    with pytest.raises(ConfigError, match="stages"):
-        language_model_loss.first(build(CONFIGS["mixtral"]), batch(), None)
+def test_layers_tell_in_their_order():
+    """What travels past three layers stands as they do, and without their choices. Failed once with the last one first."""
+    travelling = Routed.of_none(3, 4, jnp.ones((2, 5)))
+    for layer in range(3):
+        one = jnp.float32(layer + 1)
+        travelling = Routed(one, -one, jnp.full(4, one), one**2, jnp.ones((2, 5, 2), int)).after(travelling)
+    assert travelling.chosen is None
+    np.testing.assert_array_equal(travelling.balance, [1, 2, 3])
+    np.testing.assert_array_equal(travelling.load[:, 1], [1, 2, 3])
+    np.testing.assert_array_equal(travelling.dropped, [1, 4, 9])

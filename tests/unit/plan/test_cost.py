@@ -78,12 +78,13 @@ def test_what_hides():
 
 
 def test_measured_constants(tmp_path):
-    """A file replaces what it names, for its family alone, and is named as the source; what is no share is refused."""
+    """A file replaces what it names and is named as the source; one of another family, or what is no share, is refused."""
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"h100": {"compute": 0.5}}))
     found = Constants.of(st.Target("h100:1x8"), file)
     assert found.compute == 0.5 and found.hbm == Constants().hbm and "measured" in found.source
-    assert Constants.of(st.Target("a100:1x8"), file) == Constants()
+    with pytest.raises(st.errors.ConfigError, match="is of h100, not of a100"):
+        Constants.of(st.Target("a100:1x8"), file)
     for bad in ({"h100": {"compute": 7}}, {"h100": {"speed": 1}}, {"h100": 3}, []):
         file.write_text(json.dumps(bad))
         with pytest.raises(st.errors.ConfigError, match="constants"):

@@ -585,3 +585,24 @@ def test_what_is_no_hook_is_refused(wrong):
     """A class in place of an object of it. Failed once when the class itself was called at every step."""
     with pytest.raises(ConfigError, match="is no hook"):
         as_hook(wrong)
+
+
+def test_every_phase_is_told():
+    """In their order, with their steps. Failed once without the phase of saves: they counted as data."""
+
+    class Watch:
+        def __init__(self) -> None:
+            self.told: list[tuple[str, int]] = []
+
+        def phase(self, name: str, number: int, hidden: bool = False) -> None:
+            if self.told[-1:] != [(name, number)]:
+                self.told.append((name, number))
+
+    rows = [{"x": np.ones(4, np.float32), "weight": np.ones(4, np.float32)}] * 2
+    go(3, checkpoints=Checkpoints(2), evaluate=evaluate, eval_batches=lambda: rows, watch=(watch := Watch()))
+    assert watch.told == [
+        ("data", 1), ("dispatch", 1), ("data", 2), ("save", 1),
+        ("data", 2), ("dispatch", 2), ("data", 3), ("wait", 1), ("hooks", 1), ("wait", 2), ("hooks", 2), ("save", 2),
+        ("data", 3), ("dispatch", 3), ("data", 4), ("save", 3),
+        ("wait", 3), ("hooks", 3), ("evaluate", 3), ("save", 3),
+    ]  # fmt: skip
