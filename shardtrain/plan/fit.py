@@ -27,12 +27,12 @@ from shardtrain.parallel.presets import fsdp_tensor
 from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
 from shardtrain.sharding import Rules
-from shardtrain.train.guard import Guard, Rewind, Sentry, pass_over
+from shardtrain.train.guard import Guard, Rewind, Verdicts, pass_over
 from shardtrain.train.hooks import as_hook
 from shardtrain.train.inject import Fault, injected
 from shardtrain.train.loop import Stopped, run_loop
 from shardtrain.train.replicas import Replicas
-from shardtrain.train.rewind import passing, record, recorded
+from shardtrain.train.rewind import FILE, passing, record, recorded
 from shardtrain.train.state import TrainState
 from shardtrain.watch import Watch
 
@@ -235,10 +235,15 @@ def fit_plan(
         if replica_check_every and made.mesh.size > 1:
             replicas = Replicas(made.abstract_state, made.mesh, replica_check_every, str(path or "RUN"))
         storage = None if checkpoints is None else functools.partial(_storage_fault, checkpoints)
-        sentry = None if made.guard is None else Sentry(made.guard, made.global_batch, display.say)
+        verdicts = None if made.guard is None else Verdicts(made.guard, made.global_batch, display.say)
         over = {entry["step"] for entry in recorded(path)} if path is not None else set()
-        result = None
-        while result is None:  # once, and again after each rewind
+        if made.guard is None and (left := sorted(step for step in over if step > resumed_from)):
+            raise ConfigError(
+                f"passes over {len(left)} steps to come, from {left[0]} on, and this run has no guard to do it",
+                where=f"{path}/{FILE}",
+                fix="guard.on_bad='skip' or 'rewind'; or remove the file to take these batches",
+            )
+        while True:  # again after each rewind
             first = int(state)
             for writer in all_writers:
                 writer.resume(first)
@@ -264,7 +269,7 @@ def fit_plan(
                         eval_every=eval_every,
                         last_evaluated=last_evaluated,
                         watch=watch,
-                        sentry=sentry,
+                        verdicts=verdicts,
                         replicas=replicas,
                     )
                     break
@@ -272,11 +277,11 @@ def fit_plan(
                 bad, why = back.step, back.why
             del state  # after the `except`, whose frames hold the old one too
             assert path is not None and checkpoints is not None
+            watch.phase("restore", bad)
             try:
                 checkpoints.wait()
             except CheckpointError as error:  # of the save under way: there is one less to go back to
                 log.warning("%s", error)
-            watch.phase("restore", bad)
             state = checkpoints.restore_or_init(made, seed)
             watch.ledger.resumed(int(state))
             over.add(bad)

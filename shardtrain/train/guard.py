@@ -135,7 +135,7 @@ class Rewind(Exception):  # no error: the run goes on
         self.step, self.why = step, why
 
 
-class Sentry:
+class Verdicts:
     """Tells what a guard did, and ends or rewinds the run as it says.
 
     Args:

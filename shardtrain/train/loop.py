@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from shardtrain.errors import CheckpointError, RunError
-from shardtrain.train.guard import Sentry
+from shardtrain.train.guard import Verdicts
 from shardtrain.train.hooks import Hook
 from shardtrain.train.replicas import Replicas
 
@@ -107,7 +107,7 @@ def run_loop(
     last_evaluated: int = -1,
     on_nonfinite: Literal["stop", "continue"] = "stop",
     watch: Watch | None = None,
-    sentry: Sentry | None = None,
+    verdicts: Verdicts | None = None,
     replicas: Replicas | None = None,
 ) -> LoopResult:
     """Train from `first_step` to `steps`.
@@ -122,7 +122,7 @@ def run_loop(
         last_evaluated: step of an evaluation that a resumed run has already.
         on_nonfinite: "continue" leaves a loss that is no number to the hooks, and saves what there is.
         watch: is told every phase: data, dispatch, wait, hooks, evaluate, save.
-        sentry: of a step that has a guard; skipped steps are its own.
+        verdicts: of a step that has a guard; skipped steps are its own.
         replicas: compared every so many steps and before saves that are due or the last.
 
     The first Ctrl-C or SIGTERM ends the step under way, saves and returns; a second one during the
@@ -191,7 +191,7 @@ def run_loop(
         if replicas is not None and checksums is not None:
             replicas.judge(number, checksums)  # first: a flipped bit is often why a loss is none
         leaving = signals.alone or result.stopped in ("interrupted", "preempted")
-        skipped = sentry is not None and sentry.skipped(number, metrics, rewinds=not leaving)
+        skipped = verdicts is not None and verdicts.skipped(number, metrics, rewinds=not leaving)
         if on_nonfinite == "stop" and not skipped:
             _require_finite(number, metrics, result.history)
 

@@ -314,6 +314,10 @@ def test_rewind(clean, tmp_path, caplog):
     assert again.resumed_from == 3
     assert bits(again.state, *TRACELESS) == bits(clean.state, *TRACELESS)
     assert json.loads((tmp_path / "passed_over.json").read_text()) == record
+    for step in (9, 12):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(ConfigError, match=r"passed_over.json: passes over 1 steps to come, from 8 on"):
+        fit(tmp_path, 12)
 
 
 def test_rewind_before_the_first_commit(clean, tmp_path, monkeypatch):
