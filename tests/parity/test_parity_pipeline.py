@@ -163,7 +163,7 @@ def test_what_layers_tell_travels():
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved:2"])
 def test_choices_of_all_stages(schedule):
-    """Each token's experts in the layers of both stages, as on one device. Failed once with those of the last layer alone."""
+    """Each token's experts in the layers of both stages, as on one device. The fault in mind: those of one stage's layers alone."""
     expected = planned("dropless", {"data": 1})
     expected = chosen(expected, expected.init(0), batch())
     plan = planned("dropless", {"stage": 2, "data": 2, "expert": 2}, schedule=schedule)
