@@ -32,10 +32,11 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     from shardtrain.plan.calibrate import calibrate
 
-    found = calibrate(jax.devices(), say=shell.say)
-    if not options.json:
+    first = jax.process_index() == 0  # of several that were joined, all measure and one says what
+    found = calibrate(jax.devices(), say=shell.say if first else lambda line: None)
+    if not options.json and first:
         print(_text(found))
-    if options.out is not None and jax.process_index() == 0:
+    if options.out is not None and first:
         shell.write(options.out, json.dumps(found.constants(), indent=1) + "\n", "--out")
         shell.say(f"written: shardtrain plan CONFIG --target {found.target} --constants {options.out}")
     return shell.DONE, {**found.as_json(), "file": options.out}
