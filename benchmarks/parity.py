@@ -101,6 +101,7 @@ def main() -> None:
 
         def say(found: Any, model: str = model, cases: dict[str, Any] = cases) -> None:
             row = {**dataclasses.asdict(found), "date": datetime.date.today().isoformat()}
+            row["first_difference"] = (found.first_difference or "").replace(f"{ROOT}/", "") or None
             cases[f"{model} {found.layout}"] = row
             save(cases)
             print(f"{model} {found.layout}: {found.equal} {found.gradients} {found.first_difference or ''}")

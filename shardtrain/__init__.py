@@ -40,6 +40,7 @@ _HOMES = {
     "shardtrain.plan.plan": ("Plan",),
     "shardtrain.plan.verify": ("verify",),
     "shardtrain.sharding": ("Rules", "annotate", "constrain", "logical"),
+    "shardtrain.train.guard": ("Guard",),
     "shardtrain.train.state": ("TrainState",),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}

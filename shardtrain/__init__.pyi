@@ -37,6 +37,7 @@ from shardtrain.sharding import Rules as Rules
 from shardtrain.sharding import annotate as annotate
 from shardtrain.sharding import constrain as constrain
 from shardtrain.sharding import logical as logical
+from shardtrain.train.guard import Guard as Guard
 from shardtrain.train.state import TrainState as TrainState
 
 __version__: str

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -79,6 +79,7 @@ class Checkpointer:
         self._committed: int | None = None  # this run's newest step on disk
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.fault: Callable[[], None] | None = None  # raises inside every save, see `faults`
 
     def __enter__(self) -> Self:
         self._open()
@@ -315,6 +316,8 @@ class Checkpointer:
         failure: Exception | None = None
         try:
             pending.result()
+            if self.fault is not None:
+                self.fault()
             if process:
                 commit.record(place, process)
         except Exception as error:

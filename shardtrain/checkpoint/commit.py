@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ def record(place: Path, process: int) -> None:
     Another host's cache can neither be synced nor read by process 0 alone.
     """
     sizes = {n: size for n, size in folder.files(place).items() if _writer(n) == process}
-    _sync(place, sizes)
-    found = {"sizes": sizes, "digests": digests.of_files(place, sizes)}
+    found = {"sizes": sizes, "digests": _synced(place, sizes)}
     folder.write_synced(_left(place, process), json.dumps(found))
 
 
@@ -38,17 +38,20 @@ def seal(place: Path, content: dict[str, Any], processes: int) -> None:
     if changed := [name for name, size in told.items() if sizes.get(name) != size]:
         raise OSError(f"{changed[0]} is not as its process wrote it")
     rest = {name: size for name, size in sizes.items() if name not in known}
-    _sync(place, rest)
     content["files"] = sizes
-    content["digests"] = {**digests.of_files(place, rest), **known}
+    content["digests"] = {**_synced(place, rest), **known}
     for inner, _, _ in os.walk(place):
         folder.sync(Path(inner))
     folder.write_synced(place / folder.MANIFEST, manifest.seal(content))
 
 
-def _sync(place: Path, names: dict[str, int]) -> None:
-    for name in names:  # Orbax leaves its metadata files to the page cache
-        folder.sync(place / name)
+def _synced(place: Path, sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Digests of files that are on disk when this returns: read while the disk writes."""
+    with ThreadPoolExecutor(1) as beside:
+        found = beside.submit(digests.of_files, place, sizes)
+        for name in sizes:  # Orbax leaves its metadata files to the page cache
+            folder.sync(place / name)
+        return found.result()
 
 
 def _writer(name: str) -> int:

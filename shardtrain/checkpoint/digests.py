@@ -1,6 +1,7 @@
 """Digests of files: a CRC-32 of every 64 MiB.
 
-One core reads SHA-256 at 1.5 GiB/s, CRC-32 at 2.9 (`benchmarks/results/checkpoint.json`). CRC-32 sees every flip of
+A core does 1.5 GiB/s of SHA-256, several times that of CRC-32 by carry-less products (ISA-L; `zlib` has the same numbers
+and takes longer: `benchmarks/results/checkpoint.json`). CRC-32 sees every flip of
 one bit, of two within a chunk (its period is 512 MiB, hence chunks), and every burst up to 32 bits; other damage, such as
 another file in the place of this one, goes unseen once in 2^32. What SHA-256 would add is a defence against somebody
 who forges files; that one can write a new manifest as well.
@@ -10,10 +11,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for this machine
+    from zlib import crc32
 
 CHUNK = 1 << 26
 BLOCK = 1 << 20  # stays in the cache of a core
@@ -54,7 +59,7 @@ def _chunk(file: Path, start: int) -> str:
         with open(file, "rb", buffering=0) as stream:
             stream.seek(start)
             while left and (count := stream.readinto(block[: min(BLOCK, left)])):
-                crc = zlib.crc32(block[:count], crc)
+                crc = crc32(block[:count], crc)
                 left -= count
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from shardtrain.checkpoint import folder, intact, manifest
 from shardtrain.errors import CheckpointError
 
 log = logging.getLogger("shardtrain")
+GUARD = ("grad_state", "guard")  # the one part of a state that may come and go
 
 
 class Plan(Protocol):
@@ -67,19 +68,27 @@ def read_state(
     leaves = manifest.paths(plan.abstract_state)
     fields = {p[0] for p in leaves} | {name.split("/")[0] for name in content["tree"]}
     chosen = fields if parts is None else set(parts)
+    new, gone = _guard(content, leaves) if GUARD[0] in chosen else (set(), set())
+    for what, names in (("starts anew", new), ("is left behind", gone)):
+        if names:
+            log.warning("checkpoint %s/%d: %s %s", path, step, "/".join(GUARD), what)
     if unknown := sorted(chosen - fields):
         raise CheckpointError(f"unknown parts {unknown}", where="parts", fix=f"choose among {sorted(fields)}")
-    manifest.check_tree(path, content, leaves, chosen)
+    tree = {name: x for name, x in content["tree"].items() if tuple(name.split("/")) not in gone}
+    same = {p: x for p, x in leaves.items() if p not in new}
+    manifest.check_tree(path, {**content, "tree": tree}, same, chosen)
 
     from shardtrain.checkpoint import arrays
 
-    wanted = {p: x for p, x in leaves.items() if p[0] in chosen}
-    fresh = [] if chosen >= fields else jax.tree.leaves(plan.init(seed))
+    wanted = {p: x for p, x in same.items() if p[0] in chosen}
+    fresh = [] if chosen >= fields and not new else jax.tree.leaves(plan.init(seed))
     for index, p in enumerate(leaves):
         if fresh and p in wanted:
             fresh[index] = None  # free the memory before the stored values come
     try:
-        tree = arrays.load(folder.step_folder(path, step) / folder.ARRAYS, wanted, partial=bool(fresh))
+        tree = arrays.load(
+            folder.step_folder(path, step) / folder.ARRAYS, wanted, partial=bool(fresh or gone)
+        )
     except Exception as error:  # whatever Orbax and TensorStore raise over damaged files
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # too large for this mesh; the files may be sound
@@ -90,6 +99,16 @@ def read_state(
         assert leaf.sharding.is_equivalent_to(x.sharding, x.ndim), f"{p}: {leaf.sharding}, not {x.sharding}"
     values = [arrays.at(tree, p) if p in wanted else fresh[i] for i, p in enumerate(leaves)]
     return jax.tree.unflatten(jax.tree.structure(plan.abstract_state), values), content
+
+
+def _guard(
+    content: Mapping[str, Any], leaves: Mapping[manifest.LeafPath, Any]
+) -> tuple[set[manifest.LeafPath], set[manifest.LeafPath]]:
+    """Leaves of the guard that the checkpoint does not have, and those that the plan does not: a guard may come and go
+    between two starts, as nothing that is trained depends on what it remembers."""
+    stored = {tuple(name.split("/")) for name in content["tree"]}
+    ours = lambda paths: {p for p in paths if p[:2] == GUARD}  # noqa: E731
+    return ours(leaves.keys() - stored), ours(stored - leaves.keys())
 
 
 def choose(path: Path, step: int | None) -> int:

@@ -60,7 +60,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--elastic", action="store_true", default=None, help="restarts used up: go on with fewer processes")
     add("--output-logs", type=pathlib.Path, metavar="DIR", help="also write DIR/process-N.log")
     add("--host", metavar="ADDRESS", help="where the coordinator listens (default 127.0.0.1)")
-    add("--inject", metavar="FAULT", help="such as kill@step=12:process=1; also stop, term, hang, slow, nan")
+    add(
+        "--inject",
+        metavar="FAULT",
+        help="such as kill@step=12:process=1; also stop, term, hang, slow, nan, corrupt, disk-full",
+    )
     add(
         "--silence",
         metavar="PHASE=SECONDS",

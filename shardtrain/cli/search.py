@@ -11,7 +11,6 @@ where no layout fits.
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import Any
 
 from shardtrain.cli import shell
@@ -59,8 +58,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise ConfigError(
             "not a .json", where=f"--write {options.write}", fix=f"--write {options.write}.json"
         )
-    if options.write and not pathlib.Path(options.write).resolve().parent.is_dir():
-        raise ConfigError("cannot be written: no such folder", where=options.write, fix="another place")
+    shell.check_place(options.write, "--write")
     shell.check_place(options.html, "--html")
     target = Target(options.target)
     constants = Constants.of(target, options.constants)

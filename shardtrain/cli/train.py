@@ -63,6 +63,7 @@ def train(config: Any, notes: list[str], *, fresh: bool, quiet: bool) -> tuple[i
         "checkpoint": str(run.path / "checkpoints" / str(run.step)) if run.path else None,
         "resumed_from": run.resumed_from,
         "stopped": run.stopped,
+        "skipped": sum(bool(row.get("skipped")) for row in run.history),
         "exit": code,
     }
 

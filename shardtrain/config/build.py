@@ -144,7 +144,10 @@ def build(config: RunConfig, mesh: AnyMesh | None = None, *, data: bool = True) 
                 fix=f"--model.vocab {-(-text.vocab_size // 128) * 128}, or --data.tokenizer bpe:{vocab}",
             )
         common: dict[str, Any] = dict(
-            sequence=config.data.sequence, global_batch=config.global_batch, seed=config.seed
+            sequence=config.data.sequence,
+            global_batch=config.global_batch,
+            seed=config.seed,
+            quarantine=config.data.quarantine,
         )
         loader = data_room.TokenLoader(text, split="train", **common)
         eval_loader = data_room.TokenLoader(text, split="eval", shuffle=False, **common)
@@ -179,6 +182,7 @@ def make_plan(config: RunConfig, pieces: Pieces, groups: int | None = None) -> P
         quant=None if config.quant == "none" else config.quant,
         param_dtype=None if config.param_dtype == "model" else config.param_dtype,
         learning_rate=pieces.learning_rate,
+        guard=config.guard,
     )
 
 

@@ -139,7 +139,7 @@ def going_on(found: Mapping[str, Any], old: RunConfig, new: RunConfig, made: Pla
         close.append(
             ("sums over groups", "a device adds up its own groups first, and has another number of them")
         )
-    for name in ("rules", "attention", "schedule"):
+    for name in ("rules", "attention", "schedule", "guard"):
         was, now = getattr(old, name), getattr(new, name)
         if was != now and (name != "schedule" or "stage" in {**before, **after}):
             close.append((name, f"{was} was, {now} is: another program, which adds up in another order"))

@@ -236,8 +236,8 @@ def check(config: Any, where: str = "config") -> Any:
     for name, value in {**positive, "keep": config.keep}.items():
         if value < 1:
             raise ConfigError(f"{value}", where=f"{where}: {name}", fix="1 or more")
-    for name, value in {"eval_every": config.eval_every, "checkpoint_every": config.checkpoint_every}.items():
-        if value < 0:
+    for name in ("eval_every", "checkpoint_every", "replica_check_every"):
+        if (value := getattr(config, name)) < 0:
             raise ConfigError(f"{value}", where=f"{where}: {name}", fix="0 for never, or a number of steps")
     if config.optimizer.warmup < 0 or config.optimizer.clip < 0:
         raise ConfigError(
@@ -250,6 +250,12 @@ def check(config: Any, where: str = "config") -> Any:
             f"{config.optimizer.learning_rate}",
             where=f"{where}: optimizer.learning_rate",
             fix="a positive number",
+        )
+    if config.data.quarantine < 0:
+        raise ConfigError(
+            f"{config.data.quarantine}",
+            where=f"{where}: data.quarantine",
+            fix="0 for none, or a number of rows",
         )
     if config.data.sequence < 1:
         raise ConfigError(f"{config.data.sequence}", where=f"{where}: data.sequence", fix="1 or more")

@@ -33,9 +33,12 @@ FREE = (
     "eval_every",
     "eval_rows",
     "checkpoint_every",
+    "guard",
+    "replica_check_every",
     "sample",
     "sample_tokens",
     "data.cache",
+    "data.quarantine",
 )
 """Fields that may change when a run is resumed: they do not change what is trained."""
 
@@ -97,6 +100,7 @@ def train(
             output=path,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
+            replica_check_every=config.replica_check_every,
             config=to_json(config),
             writers=writers,
             tensorboard=config.monitor.tensorboard and jax.process_index() == 0,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from shardtrain.errors import ConfigError
 from shardtrain.models import GPTConfig, LlamaConfig, MoEConfig
+from shardtrain.train.guard import Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Text:
     folder that `shardtrain data prepare` wrote.
     `tokenizer`: `bpe:N` trains a byte-pair tokenizer of N entries on the text; or a tokenizer.json.
     `sequence`: tokens per row. `field`: of .jsonl. `dtype`: of .bin. `cache`: folder of tokenised files.
+    `quarantine`: rows that cannot be read and may be left out, by each process; the next good one stands in.
     """
 
     source: str = "king_james"
@@ -93,6 +95,7 @@ class Text:
     eval_fraction: float = 0.05
     field: str = "text"
     dtype: Literal["uint16", "uint32"] = "uint16"
+    quarantine: int = 0
     cache: str = ""
 
 
@@ -127,6 +130,9 @@ class Monitor:
     progress: bool = True
 
 
+NO_GUARD = Guard(on_bad="off")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One run. `global_batch` in rows; `eval_every`, `checkpoint_every` in steps, 0 for never.
@@ -141,6 +147,8 @@ class RunConfig:
     `param_dtype`: of parameters at rest; model: as it has them. In bf16 there is no copy in more bits, and a step that moves a
     weight by less than a 256th of it may not move it.
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
+    `guard`: what becomes of steps whose loss or gradient is not finite, or a spike; off: the run stops after one that is
+    not finite. `replica_check_every`: steps between comparisons of what several devices hold the same of, 0 for never.
     """
 
     model: GPTConfig | LlamaConfig | MoEConfig | Custom
@@ -166,6 +174,8 @@ class RunConfig:
     checkpoint_every: int = 100
     keep: int = 2
     monitor: Monitor = Monitor()
+    guard: Guard = NO_GUARD
+    replica_check_every: int = 0
     sample: str = ""
     sample_tokens: int = 128
 

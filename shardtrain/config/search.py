@@ -79,7 +79,7 @@ def layouts_for(
 def _axes(config: RunConfig) -> set[str]:
     axes = {"data", "fsdp", "tensor"}
     if isinstance(config.model, MoEConfig):
-        axes |= {"expert"} | ({"context"} if config.model.capacity == 0 else set())
+        axes |= {"expert", "stage"} | ({"context"} if config.model.capacity == 0 else set())
     elif not isinstance(config.model, Custom):
         axes |= {"context", "stage"}
     return axes

@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from shardtrain.data.quarantine import Quarantine
 from shardtrain.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -114,12 +115,13 @@ class _Windows:
         start = int(index) * self.sequence
         window = np.asarray(self.tokens[start : start + self.sequence + 1], np.int32)
         # An id past the table would train on silently: a gather clamps it.
-        if window.max() >= self.vocab:
+        if not 0 <= window.min() <= window.max() < self.vocab:
+            at = int(window.argmin() if window.min() < 0 else window.argmax())
             raise DataError(
-                f"token id {window.max()} in a vocabulary of {self.vocab}",
-                where=f"token {start + int(window.argmax())} of {getattr(self.tokens, 'filename', 'the array')}",
+                f"token id {window[at]} in a vocabulary of {self.vocab}",
+                where=f"token {start + at} of {getattr(self.tokens, 'filename', 'the array')}",
                 why="the file changed after it was prepared",
-                fix="remove its folder and prepare it again",
+                fix="remove its folder and prepare it again; or --data.quarantine N leaves out so many such rows",
             )
         return window
 
@@ -133,6 +135,7 @@ class TokenLoader(_Loader):
         sequence: tokens per row.
         global_batch: rows per step over all processes.
         seed: of the order. shuffle: False for the order of the text.
+        quarantine: so many rows that cannot be read may be left out, see `Quarantine`; 0 refuses the first.
 
     Fields: `tokens`, `targets` int32 [rows, sequence]; `weights` float32 [rows, sequence], 1.
     """
@@ -147,6 +150,7 @@ class TokenLoader(_Loader):
         seed: int = 0,
         rows: np.ndarray | None = None,
         shuffle: bool = True,
+        quarantine: int = 0,
     ):
         _positive("TokenLoader", sequence=sequence, global_batch=global_batch)
         bare = isinstance(data, np.ndarray)
@@ -163,7 +167,8 @@ class TokenLoader(_Loader):
                 fix=f"more text, or a sequence of at most {max(1, len(tokens) - 1)}",
             )
         self.sequence, self.global_batch, self.rows = sequence, global_batch, rows
-        self._dataset = _shuffled(self.source, seed, shuffle)
+        rows_of = Quarantine(self.source, quarantine) if quarantine else self.source
+        self._dataset = _shuffled(rows_of, seed, shuffle)
 
     def sample(self, index: int) -> Batch:
         window = self._dataset[index]
@@ -226,6 +231,7 @@ class IterableLoader:
                 "gave no batch", where="data", fix="an iterable of dicts or tuples of arrays"
             ) from None
         self._iterator: Iterator[Any] | None = iterator if iter(data) is iterator else None
+        self._begun = False
         self.global_batch = len(next(iter(self._first.values()))) * jax.process_count()
 
     @property
@@ -249,6 +255,14 @@ class IterableLoader:
 
     def _all(self) -> Iterator[Batch]:
         if self._iterator is not None:
+            if self._begun:
+                raise DataError(
+                    "a second time from the start, and it can be read only once",
+                    where="data",
+                    why="a generator or an iterator; a rewind reads batches again",
+                    fix="a list, a loader, or an object whose __iter__ begins anew; or guard.on_bad='skip'",
+                )
+            self._begun = True
             yield self._first
             yield from map(_as_dict, self._iterator)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from shardtrain.errors import DataError
@@ -12,7 +12,7 @@ from shardtrain.errors import DataError
 _END = object()
 
 
-def prefetch(iterator: Iterator[Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(iterator: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
     """The items of `iterator`, read up to `depth` ahead by a thread.
 
     An exception of the iterator is raised where its item would have come. Closing the generator (or
@@ -26,7 +26,7 @@ def prefetch(iterator: Iterator[Any], depth: int = 2) -> Iterator[Any]:
     return _ahead(iterator, depth)
 
 
-def _ahead(iterator: Iterator[Any], depth: int) -> Iterator[Any]:
+def _ahead(iterator: Iterator[Any], depth: int) -> Generator[Any, None, None]:
     items: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 

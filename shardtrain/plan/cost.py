@@ -33,6 +33,15 @@ from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.paper import Work
 
 HIDDEN_AXES = (*SLOW, "data", "fsdp", "context")  # what runs beside compute, if anything does
+_FITTED = "compute fitted to published steps on {}"
+REACHED = {
+    **dict.fromkeys(("h100", "h200", "b200"), (0.39, _FITTED.format("H100 of 500 W"))),
+    "a100": (0.6, _FITTED.format("A100")),
+    "v6e": (0.56, _FITTED.format("v6e")),
+    **dict.fromkeys(("v5e", "v5p", "tpu7x"), (0.815, _FITTED.format("v5p"))),
+}
+"""Family -> the share of its peak that products reach in training, and whence: `benchmarks/published.py`, which publishes what
+the other reports make of it."""
 _DTYPES = {"f8E4M3FN": "fp8", "f8E5M2": "fp8", "i8": "int8"}
 
 
@@ -41,8 +50,8 @@ class Constants:
     """Shares of a chip's peaks that programs reach.
 
     `compute`: of peak FLOP/s in large products. `hbm`, `links`: of bandwidths. `hidden`: of what can hide, the share that
-    does. `source`: where they come from. H100: 798 of 989 TFLOP/s were measured in a product of 8,192 cubed. `chip`: measured
-    figures in place of the public ones.
+    does. `source`: where they come from; see `REACHED` for `compute` of known chips. `chip`: measured figures
+    in place of the public ones.
     """
 
     compute: float = 0.75
@@ -59,7 +68,10 @@ class Constants:
         Raises:
             ConfigError: the file cannot be read, is of other hardware, or holds something that is no constant.
         """
-        start = cls(compute=0.85) if target.platform == "tpu" else cls()
+        start = cls()
+        if target.family in REACHED:
+            share, of = REACHED[target.family]
+            start = cls(compute=share, source=f"{of}; the other shares assumed")
         return start if file is None else start.read(file, target)
 
     def read(self, file: str | os.PathLike[str], target: Target) -> Constants:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from shardtrain.checkpoint import Checkpointer, inspect, list_steps
+from shardtrain.checkpoint import Checkpointer, faults, inspect, list_steps
 from shardtrain.data import as_loader, prefetch
-from shardtrain.errors import ConfigError
+from shardtrain.errors import CheckpointError, ConfigError
 from shardtrain.launch.record import started_again
 from shardtrain.mesh import AnyMesh, chip_of, device_of, gathered, service_board
 from shardtrain.monitor import JsonlWriter, Progress, TensorBoardWriter, Throughput, read_jsonl
@@ -26,11 +27,16 @@ from shardtrain.parallel.presets import fsdp_tensor
 from shardtrain.plan.make import plan
 from shardtrain.plan.plan import Plan
 from shardtrain.sharding import Rules
+from shardtrain.train.guard import Guard, Rewind, Verdicts, pass_over
 from shardtrain.train.hooks import as_hook
-from shardtrain.train.inject import injected
+from shardtrain.train.inject import Fault, injected
 from shardtrain.train.loop import Stopped, run_loop
+from shardtrain.train.replicas import Replicas
+from shardtrain.train.rewind import FILE, passing, record, recorded
 from shardtrain.train.state import TrainState
 from shardtrain.watch import Watch
+
+log = logging.getLogger("shardtrain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,7 @@ def fit(
     trainable: Any = None,
     learning_rate: Any = None,
     attention: str = "ring",
+    guard: Guard | None = None,
     seed: int = 0,
     eval_data: Any = None,
     eval_loss_fn: Callable[..., Any] | None = None,
@@ -83,6 +90,7 @@ def fit(
     output: str | pathlib.Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
+    replica_check_every: int = 0,
     config: dict[str, Any] | None = None,
     writers: Sequence[Any] = (),
     tensorboard: bool = False,
@@ -95,7 +103,7 @@ def fit(
 
     Args:
         model, loss_fn, optimizer, mesh, rules, microbatches, groups, schedule, precision, quant,
-            param_dtype, annotations, trainable, learning_rate, attention: see `st.plan`.
+            param_dtype, annotations, trainable, learning_rate, attention, guard: see `st.plan`.
         data: a loader, a dict of arrays, or any iterable of batches (dicts or tuples of arrays, NumPy or
             PyTorch on the CPU).
         steps: train up to this step.
@@ -106,6 +114,7 @@ def fit(
             module is told by its call, such as `model(batch["x"], train=False)`.
         output: folder of the run: metrics.jsonl, checkpoints/, tensorboard/. None writes nothing.
         checkpoint_every: steps; one is written at the end anyway. keep: how many of them.
+        replica_check_every: steps between comparisons of replicas of the state, 0 for never; see `train.replicas`.
         config: JSON kept beside each checkpoint.
         writers: further `monitor.Writer`s. hooks: `train.hooks.Hook`s or functions `(step, metrics)`.
         flops_per_row: training FLOPs of one row, for MFU; default 6 x parameters.
@@ -138,6 +147,7 @@ def fit(
         trainable=trainable,
         learning_rate=learning_rate,
         attention=attention,
+        guard=guard,
     )
     return fit_plan(
         made,
@@ -151,6 +161,7 @@ def fit(
         output=output,
         checkpoint_every=checkpoint_every,
         keep=keep,
+        replica_check_every=replica_check_every,
         config=config,
         writers=writers,
         tensorboard=tensorboard,
@@ -174,6 +185,7 @@ def fit_plan(
     output: str | pathlib.Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
+    replica_check_every: int = 0,
     config: dict[str, Any] | None = None,
     writers: Sequence[Any] = (),
     tensorboard: bool = False,
@@ -184,6 +196,8 @@ def fit_plan(
 ) -> Run:
     """`fit` of a plan that is made already; its arguments as there."""
     path = None if output is None else pathlib.Path(output)
+    if path is None and made.guard is not None and made.guard.on_bad == "rewind":
+        raise ConfigError("'rewind' without a folder", where="guard.on_bad", fix="output=..., or 'skip'")
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if path is not None:
@@ -201,8 +215,8 @@ def fit_plan(
             on_plan(made, compiled)
         watch.phase("restore", 0)
         state = made.init(seed) if checkpoints is None else checkpoints.restore_or_init(made, seed)
-        first = int(state)
-        watch.ledger.resumed(first)
+        resumed_from = int(state)
+        watch.ledger.resumed(resumed_from)
         lead = jax.process_index() == 0  # one process writes and shows; all compute
         all_writers: list[Any] = list(writers) if lead else []
         if path is not None and lead:
@@ -210,35 +224,68 @@ def fit_plan(
             if tensorboard:
                 all_writers.append(TensorBoardWriter(path / "tensorboard"))
         for writer in all_writers:
-            writer.resume(first)
             stack.callback(writer.close)
-        earlier = read_jsonl(path / "metrics.jsonl") if path is not None and lead else []
-        last_evaluated = _agreed(max((r["step"] for r in earlier if "eval_loss" in r), default=-1))
-        watch.phase("compile", first)
-        evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and first < steps else None
+        watch.phase("compile", resumed_from)
+        evaluate = made.compile_eval(eval_loss_fn) if eval_data is not None and resumed_from < steps else None
         meter = Throughput(_flops(made, flops_per_row), _peak(made.mesh))
         rows = loader.for_rows(made.rows)
-        batches = prefetch(rows.starting_at(state.rows_consumed()))
-        stack.callback(getattr(batches, "close", lambda: None))
         display = stack.enter_context(Progress(steps, enabled=progress and lead))
-        result = run_loop(
-            state,
-            batches,
-            step_function=injected(compiled, first, jax.process_index()),
-            put=made.put,
-            first_step=first,
-            steps=steps,
-            meter=meter,
-            display=display,
-            writers=all_writers,
-            hooks=[as_hook(h) for h in hooks],
-            checkpoints=checkpoints,
-            evaluate=evaluate,
-            eval_batches=functools.partial(_eval_batches, eval_data, eval_rows, made),
-            eval_every=eval_every,
-            last_evaluated=last_evaluated,
-            watch=watch,
-        )
+        all_hooks = [as_hook(h) for h in hooks]
+        replicas = None
+        if replica_check_every and made.mesh.size > 1:
+            replicas = Replicas(made.abstract_state, made.mesh, replica_check_every, str(path or "RUN"))
+        storage = None if checkpoints is None else functools.partial(_storage_fault, checkpoints)
+        verdicts = None if made.guard is None else Verdicts(made.guard, made.global_batch, display.say)
+        over = {entry["step"] for entry in recorded(path)} if path is not None else set()
+        if made.guard is None and (left := sorted(step for step in over if step > resumed_from)):
+            raise ConfigError(
+                f"passes over {len(left)} steps to come, from {left[0]} on, and this run has no guard to do it",
+                where=f"{path}/{FILE}",
+                fix="guard.on_bad='skip' or 'rewind'; or remove the file to take these batches",
+            )
+        while True:  # again after each rewind
+            first = int(state)
+            for writer in all_writers:
+                writer.resume(first)
+            earlier = read_jsonl(path / "metrics.jsonl") if path is not None and lead else []
+            last_evaluated = _agreed(max((r["step"] for r in earlier if "eval_loss" in r), default=-1))
+            step_function = passing(compiled, over, first, lambda: _passing_over(made))
+            try:
+                with contextlib.closing(prefetch(rows.starting_at(state.rows_consumed()))) as batches:
+                    result = run_loop(
+                        state,
+                        batches,
+                        step_function=injected(step_function, first, jax.process_index(), storage=storage),
+                        put=made.put,
+                        first_step=first,
+                        steps=steps,
+                        meter=meter,
+                        display=display,
+                        writers=all_writers,
+                        hooks=all_hooks,
+                        checkpoints=checkpoints,
+                        evaluate=evaluate,
+                        eval_batches=functools.partial(_eval_batches, eval_data, eval_rows, made),
+                        eval_every=eval_every,
+                        last_evaluated=last_evaluated,
+                        watch=watch,
+                        verdicts=verdicts,
+                        replicas=replicas,
+                    )
+                    break
+            except Rewind as back:
+                bad, why = back.step, back.why
+            del state  # after the `except`, whose frames hold the old one too
+            assert path is not None and checkpoints is not None
+            watch.phase("restore", bad)
+            try:
+                checkpoints.wait()
+            except CheckpointError as error:  # of the save under way: there is one less to go back to
+                log.warning("%s", error)
+            state = checkpoints.restore_or_init(made, seed)
+            watch.ledger.resumed(int(state))
+            over.add(bad)
+            _tell_rewind(path, bad, why, int(state), made.global_batch, display.say)
     old_evaluations = [
         {"step": r["step"], **{k.removeprefix("eval_"): v for k, v in r.items() if k.startswith("eval_")}}
         for r in earlier
@@ -252,12 +299,35 @@ def fit_plan(
         path=path,
         step=result.step,
         stopped=result.stopped,
-        resumed_from=first or None,
+        resumed_from=resumed_from or None,
         plan=made,
         step_seconds=meter.step_seconds,
         tokens_per_second=meter.tokens_per_second,
         mfu=meter.mfu,
     )
+
+
+def _storage_fault(checkpoints: Checkpointer, fault: Fault) -> None:
+    if fault.kind == "disk-full":
+        faults.fill_disk(checkpoints, fault.saves)
+    elif jax.process_index() == 0:
+        faults.corrupt(checkpoints)
+
+
+def _passing_over(made: Plan) -> Any:
+    return made.jit(lambda state, _: pass_over(state, made.global_batch), donate=True)
+
+
+def _tell_rewind(
+    path: pathlib.Path, step: int, why: str, to: int, rows: int, say: Callable[[str], None]
+) -> None:
+    """Write down that a step is passed over from now on, and say so."""
+    span = [(step - 1) * rows, step * rows - 1]
+    line = f"step {step}: {why}; back to step {to}, and past rows {span[0]} to {span[1]}"
+    log.warning(line)
+    say(line)
+    if jax.process_index() == 0:
+        record(path, {"step": step, "rows": span, "why": why, "rewound_to": to})
 
 
 def _agreed(number: int) -> int:

@@ -189,6 +189,7 @@ def abstract_state(
     optimizer: Any,
     leaves: Mapping[str, Leaf],
     mesh: AnyMesh,
+    grad_state: Any,
 ) -> TrainState:
     """Shapes and shardings of everything that a run keeps; allocates nothing."""
     whole = PartitionSpec()
@@ -203,7 +204,7 @@ def abstract_state(
             k: by_path(v) if k == FROZEN else jax.tree.map(lambda _: whole, v) for k, v in model_state.items()
         },
         opt_state=optimizer_specs(opt_state, leaves),
-        grad_state={},
+        grad_state=jax.tree.map(lambda _: whole, grad_state),
         key=whole,
         cursor=whole,
     )
@@ -212,7 +213,7 @@ def abstract_state(
         params=params,
         model_state=model_state,
         opt_state=opt_state,
-        grad_state={},
+        grad_state=grad_state,
         key=jax.ShapeDtypeStruct(jax.random.key_data(jax.random.key(0)).shape, jnp.uint32),
         cursor=jax.ShapeDtypeStruct((2,), jnp.uint32),
     )

@@ -32,6 +32,7 @@ from shardtrain.plan.model import FROZEN, as_model, initial
 from shardtrain.plan.plan import Plan
 from shardtrain.plan.staged import as_pipeline, at_rest, with_layers
 from shardtrain.sharding import Annotations, Rules, annotate
+from shardtrain.train.guard import Guard, memory
 from shardtrain.tree import flatten
 
 
@@ -55,6 +56,7 @@ def plan(
     learning_rate: Any = None,
     attention: str = "ring",
     schedule: str | Schedule | Iterable[Any] = "1f1b",
+    guard: Guard | None = None,
 ) -> Plan:
     """Decide where everything lives, and check it, without allocating anything.
 
@@ -85,6 +87,8 @@ def plan(
             see `st.attention`.
         schedule: under a `stage` axis, who works on which microbatch when: "gpipe", "1f1b", "interleaved:V" (V pieces of
             the model per device), "zb", a `Schedule`, or a table of your own; see `st.schedules`.
+        guard: what becomes of steps whose loss or gradient is not finite, or a spike; see `st.Guard`. None: they are
+            taken, and the loop stops after one that is not finite.
 
     Raises:
         ShardingError, ConfigError: see `Validation` in the README; each names path and numbers.
@@ -108,6 +112,7 @@ def plan(
         learning_rate=learning_rate,
         attention=attention,
         schedule=schedule,
+        guard=guard,
     )
     rules = one_of("rules", rules, PRESETS) if isinstance(rules, str) else rules
     compute = dtype_of("precision", precision)
@@ -116,6 +121,7 @@ def plan(
     one_of("attention", attention, dict.fromkeys(MODES))
     layouts.check_mesh(mesh, rules)
     check_quant(quant, mesh.shape, rules.sequence_axes(mesh))
+    guard = None if guard is None or guard.on_bad == "off" else guard
     abstract_batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(tuple(x.shape), device_dtype(x.dtype)),
         batch,
@@ -171,7 +177,10 @@ def plan(
         learning_rate=learning_rate,
         attention=attention,
         pipeline=pipe,
-        abstract_state=layouts.abstract_state(params, model_state, optimizer, leaves, mesh),
+        guard=guard,
+        abstract_state=layouts.abstract_state(
+            params, model_state, optimizer, leaves, mesh, jax.eval_shape(lambda: memory(guard))
+        ),
         again=again,
     )
 

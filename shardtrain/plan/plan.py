@@ -29,6 +29,7 @@ from shardtrain.plan.model import FROZEN, VARIABLES, Model, initial
 from shardtrain.plan.staged import part_functions
 from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
+from shardtrain.train.guard import Guard, memory
 from shardtrain.train.state import TrainState, cursor_words
 from shardtrain.train.step import StepParts, choices, evaluate_step, field_spec, gradients, train_step
 from shardtrain.tree import flatten
@@ -43,7 +44,7 @@ class Plan:
     `abstract_state`: a `TrainState` of `ShapeDtypeStruct` with shardings. `batch`: global shapes.
     `leaves`: path of a parameter -> shape, logical axes, spec. `seen`: what the first trace told.
     `groups`, `microbatches`, `quant`: see `plan`. `kept`: dtype of parameters at rest, None: the model's. `pipeline`: where the
-    mesh has stages. `again`: the same plan on another mesh.
+    mesh has stages. `guard`: None looks at no step. `again`: the same plan on another mesh.
     """
 
     adapter: Model
@@ -63,6 +64,7 @@ class Plan:
     learning_rate: Any
     attention: str
     pipeline: Pipeline | None
+    guard: Guard | None
     abstract_state: TrainState
     again: Callable[[Any], Plan]
 
@@ -156,7 +158,7 @@ class Plan:
                 params=params,
                 model_state=model_state,
                 opt_state=self.optimizer.init(jax.tree.map(widen, params)),
-                grad_state={},
+                grad_state=memory(self.guard),
                 key=jax.random.key_data(jax.random.fold_in(key, 1)),
                 cursor=jnp.asarray(cursor_words(0)),
             )
@@ -268,7 +270,7 @@ class Plan:
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """The pure step, to be traced: what `compile` compiles."""
-        return train_step(self._parts(train=True), self.optimizer, self._rate, state, batch)
+        return train_step(self._parts(train=True), self.optimizer, self._rate, state, batch, self.guard)
 
     def gradients(self, state: TrainState, batch: Any) -> tuple[Any, jax.Array]:
         """Gradients of the loss of one global batch, before any clipping, and the loss; to be traced."""

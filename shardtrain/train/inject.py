@@ -1,7 +1,8 @@
 """Faults on purpose, for tests and for trying what a run survives: `--inject kill@step=12:process=1`.
 
 Kinds: `kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM, as a preemption), `hang` (stuck in Python), `slow` (`seconds`
-before this and every later step), `nan` (in every float of the step's batch, on all processes). Each happens right
+before this and every later step), `nan` (in every float of the step's batch, on all processes), `corrupt` (a flipped
+bit in the newest committed checkpoint), `disk-full` (saves fail from then on, or the next `saves`). Each happens right
 before its step is dispatched, in the first attempt of a launcher unless `attempt=` says another, or `all`. Read from
 `SHARDTRAIN_INJECT`; several are divided by commas.
 """
@@ -20,19 +21,21 @@ from shardtrain.errors import ConfigError, suggestion
 
 VARIABLE = "SHARDTRAIN_INJECT"
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-KINDS = (*_SIGNALS, "hang", "slow", "nan")
+STORAGE = ("corrupt", "disk-full")
+KINDS = (*_SIGNALS, "hang", "slow", "nan", *STORAGE)
 Step = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One fault. `process`, `attempt`: None for every one."""
+    """One fault. `process`, `attempt`: None for every one. `saves`: None for all."""
 
     kind: str
     step: int
     process: int | None = None
     attempt: int | None = 0
     seconds: float = 1.0
+    saves: int | None = None
 
     def due(self, step: int) -> bool:
         return step >= self.step if self.kind == "slow" else step == self.step
@@ -55,7 +58,7 @@ def _parse(text: str) -> Fault:
     values: dict[str, Any] = {}
     for word in rest.split(":"):
         name, _, value = word.partition("=")
-        if name not in ("step", "process", "attempt", "seconds") or name in values:
+        if name not in ("step", "process", "attempt", "seconds", "saves") or name in values:
             raise ConfigError(f"'{word}' in {text}", where="--inject", fix=f"{kind}@step=12:process=1")
         number = re.fullmatch(r"\d+(\.\d+)?" if name == "seconds" else r"\d+", value)
         if number is None and not (name == "attempt" and value == "all"):
@@ -63,20 +66,26 @@ def _parse(text: str) -> Fault:
         values[name] = None if value == "all" else float(value) if name == "seconds" else int(value)
     if values.get("step", 0) < 1:
         raise ConfigError(f"no step in {text}", where="--inject", fix=f"{kind}@step=12; the first step is 1")
-    if kind == "nan" and "process" in values:
+    if kind in ("nan", *STORAGE) and "process" in values:
         raise ConfigError(
-            f"process in {text}", where="--inject", fix=f"nan@step={values['step']}: all have it"
+            f"process in {text}", where="--inject", fix=f"{kind}@step={values['step']}: all have it"
         )
     return Fault(kind, **values)
 
 
 def injected(
-    step_function: Step, first: int, process: int, environment: Mapping[str, str] = os.environ
+    step_function: Step,
+    first: int,
+    process: int,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    storage: Callable[[Fault], None] | None = None,
 ) -> Step:
     """The step function with the faults of the environment before it; itself without any.
 
     Args:
-        first: the step that the run is at. process: this one's index.
+        first: the step that the run is at. process: this one's index. storage: causes a fault of `STORAGE`; None: nothing
+            is saved.
     """
     attempt = environment.get("SHARDTRAIN_ATTEMPT", "0")
     faults = [
@@ -86,6 +95,8 @@ def injected(
     ]
     if not faults:
         return step_function
+    if storage is None and (lost := [f.kind for f in faults if f.kind in STORAGE]):
+        raise ConfigError("nothing is saved", where=f"--inject {lost[0]}", fix="a run with a folder")
     number = first
 
     def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -93,15 +104,18 @@ def injected(
         number += 1
         for fault in faults:
             if fault.due(number):
-                batch = _cause(fault, state, batch)
+                batch = _cause(fault, state, batch, storage)
         return step_function(state, batch)
 
     return step
 
 
-def _cause(fault: Fault, state: Any, batch: Any) -> Any:
+def _cause(fault: Fault, state: Any, batch: Any, storage: Callable[[Fault], None] | None) -> Any:
     if fault.kind == "nan":
         return _poisoned(batch)
+    if storage is not None and fault.kind in STORAGE:
+        storage(fault)
+        return batch
     if fault.kind == "slow":
         time.sleep(fault.seconds)
         return batch

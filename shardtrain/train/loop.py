@@ -16,7 +16,9 @@ from typing import Any, Literal, Protocol
 import jax
 
 from shardtrain.errors import CheckpointError, RunError
+from shardtrain.train.guard import Verdicts
 from shardtrain.train.hooks import Hook
+from shardtrain.train.replicas import Replicas
 
 log = logging.getLogger("shardtrain")
 Stopped = Literal["done", "interrupted", "preempted", "data ended"]
@@ -105,6 +107,8 @@ def run_loop(
     last_evaluated: int = -1,
     on_nonfinite: Literal["stop", "continue"] = "stop",
     watch: Watch | None = None,
+    verdicts: Verdicts | None = None,
+    replicas: Replicas | None = None,
 ) -> LoopResult:
     """Train from `first_step` to `steps`.
 
@@ -118,6 +122,8 @@ def run_loop(
         last_evaluated: step of an evaluation that a resumed run has already.
         on_nonfinite: "continue" leaves a loss that is no number to the hooks, and saves what there is.
         watch: is told every phase: data, dispatch, wait, hooks, evaluate, save.
+        verdicts: of a step that has a guard; skipped steps are its own.
+        replicas: compared every so many steps and before saves that are due or the last.
 
     The first Ctrl-C or SIGTERM ends the step under way, saves and returns; a second one during the
     save is ignored with a line; a third leaves at once. On several processes the wish of one is
@@ -127,13 +133,13 @@ def run_loop(
     `jax.transfer_guard("disallow")`.
 
     Raises:
-        RunError: the loss or the parameters are not finite. Such a state is not saved, except by a
+        Rewind: the guard's. RunError: the loss or the parameters are not finite. Such a state is not saved, except by a
             preemption that several processes agreed on at that very step. Or saves fail, several in a row or the
             last; one that fails alone is told and tried again, as are metrics that cannot be written.
     """
     result = LoopResult(state, first_step, "done", [], [])
     waiting: deque[Any] = deque()  # batches put ahead
-    pending: tuple[int, dict[str, Any]] | None = None  # metrics not read yet
+    pending: tuple[int, dict[str, Any], Any] | None = None  # metrics and checksums not read yet
     newest: dict[str, Any] = {}  # of the step dispatched last
     unwritten: list[int] = []  # steps whose metrics could not be
     failed, begun = 0, False  # saves in a row that failed; whether one has begun since
@@ -170,7 +176,7 @@ def run_loop(
         nonlocal pending
         if pending is None:
             return
-        number, device_metrics = pending
+        number, device_metrics, checksums = pending
         at("wait", number, busy())
         pending = None
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
@@ -182,7 +188,11 @@ def run_loop(
         display.update(number, metrics["loss"], meter.tokens_per_second, meter.mfu, left)
         for hook in hooks:
             hook.on_step(number, metrics)
-        if on_nonfinite == "stop":
+        if replicas is not None and checksums is not None:
+            replicas.judge(number, checksums)  # first: a flipped bit is often why a loss is none
+        leaving = signals.alone or result.stopped in ("interrupted", "preempted")
+        skipped = verdicts is not None and verdicts.skipped(number, metrics, rewinds=not leaving)
+        if on_nonfinite == "stop" and not skipped:
             _require_finite(number, metrics, result.history)
 
     def evaluation(number: int) -> None:
@@ -215,10 +225,13 @@ def run_loop(
         display.say(f"step {number}: held-out loss {metrics.get('loss', math.nan):.4f}")
         meter.start()
 
+    def is_due(number: int) -> bool:
+        return bool(checkpoints is not None and checkpoints.every and number % checkpoints.every == 0)
+
     def save(number: int, force: bool = False) -> None:
         if checkpoints is None:
             return
-        if force or signals.alone or (checkpoints.every and number % checkpoints.every == 0):
+        if force or signals.alone or is_due(number):
             read()  # a save waits for this step anyway; one that gave no number must not be kept
         nonlocal failed, begun
         at("save", number)
@@ -257,7 +270,8 @@ def run_loop(
             at("data", number + 1)
             fill()
             read()
-            pending = number, metrics
+            compares = replicas is not None and (number % replicas.every == 0 or is_due(number))
+            pending = number, metrics, replicas.start(result.state) if replicas and compares else None
             save(number)
             due = eval_every and number % eval_every == 0 and number != last_evaluated
             if due and number < steps:
@@ -272,6 +286,8 @@ def run_loop(
         for hook in hooks:
             hook.on_end(result.step, result.state)
         if result.step > first_step:
+            if replicas is not None:
+                replicas.judge(result.step, replicas.start(result.state))
             save(result.step, force=True)
     if unwritten:
         display.say(f"{len(unwritten)} rows of metrics could not be written, from step {unwritten[0]} on")

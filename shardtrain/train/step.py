@@ -25,6 +25,7 @@ from shardtrain.parallel.precision import wide, widen
 from shardtrain.parallel.remat import remat
 from shardtrain.parallel.stages import STAGE
 from shardtrain.sharding import context
+from shardtrain.train import guard as guards
 from shardtrain.train.pipelined import PartFunctions, pipelined
 from shardtrain.train.state import TrainState, advance
 from shardtrain.tree import flatten
@@ -356,14 +357,15 @@ def train_step(
     learning_rate: Callable[[Any, jax.Array], Any],
     state: TrainState,
     batch: Any,
+    guard: guards.Guard | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on one global batch.
+    """One optimizer step on one global batch; under a `guard`, none on a bad one.
 
     theta <- theta - update(sum_g grad_g / sum_g weight_g): with equal weights and SGD this is
     theta - (eta/P) sum_i g_i. See `tests/parity/test_update_rule.py`.
     """
     grads, scalars, variables, names = gradients(
-        parts, state.params, state.model_state, state.key, state.step, batch
+        parts, state.params, state.model_state, state.key, guards.updates(guard, state), batch
     )
     weight = jnp.maximum(scalars[1], jnp.finfo(scalars.dtype).tiny)
     grads = jax.tree.map(lambda g: g / weight, grads)
@@ -376,16 +378,22 @@ def train_step(
         "param_norm": optax.tree.norm(jax.tree.map(widen, params)),
         "tokens": scalars[1],
     }
+    grad_state, told = state.grad_state, dict[str, jax.Array]()
+    if guard is not None:
+        made = (params, opt_state, variables)
+        made, grad_state, told = guards.guarded(guard, state, made, metrics)
+        params, opt_state, variables = made
     rate = learning_rate(opt_state, state.step)
     if rate is not None:
         metrics["learning_rate"] = jnp.float32(rate)
-    metrics.update(_ratios(scalars, names))
+    metrics.update(_ratios(scalars, names), **told)
     rows = jax.tree.leaves(batch)[0].shape[0]
     new = state.replace(
         step=state.step + 1,
         params=params,
         model_state={**state.model_state, "variables": variables} if variables else state.model_state,
         opt_state=opt_state,
+        grad_state=grad_state,
         cursor=advance(state.cursor, rows),
     )
     return new, metrics

@@ -46,6 +46,10 @@ CASES = {
     "no tokenizer": (["--data.tokenizer", "nothing.json"], ["nothing.json", "no such"]),
     "devices": (["--devices", "cpu8"], ["cpu8", "cpu:8"]),
     "no text": (["--data.source", "nothing.txt"], ["nothing.txt", "no such file"]),
+    "guard": (["--guard.on-bad", "ignore"], ["on-bad", "rewind"]),
+    "limit of a guard": (["--guard.limit", "0"], ["guard.limit", "1 or more"]),
+    "replica check": (["--replica-check-every", "-1"], ["replica_check_every", "0 for never"]),
+    "quarantine": (["--data.quarantine", "-1"], ["data.quarantine", "0 for none"]),
     "eval fraction": (["--data.eval-fraction", "1.5"], ["1.5"]),
 }
 

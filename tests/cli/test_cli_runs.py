@@ -163,8 +163,14 @@ def test_generate(trained, shardtrain, as_json):
 
 
 def test_plan(config, tmp_path, as_json, shardtrain):
-    """Every key; nothing is written. The fault in mind: the state was allocated."""
-    code, found = as_json("plan", config)
+    """Every key, and a page of it; nothing else is written. The fault in mind: the state was allocated."""
+    page = tmp_path / "page.html"
+    code, found = as_json("plan", config, "--html", page)
+    text = page.read_text()
+    assert all(row["path"] in text for row in found["placement"]) and found["source"] in text
+    assert sum(map(sum, (sizes.values() for sizes in found["memory"]["held"].values()))) == sum(
+        found["memory"][part] for part in ("parameters", "optimizer", "other")
+    )
     keys = "target mesh rules fits memory flops collectives step_seconds tokens_per_second mfu source"
     assert code == 0 and set(keys.split()) <= set(found)
     assert {"arguments", "peak", "usable", "by_module"} <= set(found["memory"])

@@ -113,6 +113,27 @@ def test_preempted_on_one_process(launch, one):
 
 
 @pytest.mark.slow
+def test_a_rewind_on_two_processes(launch):
+    """Both go back to the same step and past the same batch, as one process does; sound replicas give no alarm. The fault in
+    mind: a record that each process keeps for itself."""
+    fault = ["--inject", "nan@step=6"]
+    flags = ["--guard.on-bad", "rewind", "--replica-check-every", "2"]
+    alone, two = (
+        launch("back-1", *fault, train=flags),
+        launch("back-2", "--processes", "2", *fault, train=flags),
+    )
+    assert alone.code == two.code == 0, two.err[-3000:]
+    for done in (alone, two):
+        assert [(r["step"], r["skipped"]) for r in done.rows] == [
+            (n, 4 if n == 6 else 0) for n in range(1, 9)
+        ]
+        record = json.loads((done.output / "passed_over.json").read_text())
+        assert [(e["step"], e["rows"], e["rewound_to"]) for e in record] == [(6, [80, 95], 4)]
+    taken = [[x for x in done.curve() if x is not None] for done in (alone, two)]
+    assert len(taken[0]) == 7 and taken[1] == pytest.approx(taken[0], rel=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_language_model_with_everything(launch, tmp_path):
     """Evaluation, sample and report of `gpt.py:tiny` in two processes. Failed once: both wrote metrics, and only one generated."""

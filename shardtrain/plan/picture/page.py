@@ -133,7 +133,7 @@ def _facts(found: Found) -> str:
     usable = f"of {bytes_text(memory['usable'])} usable" if memory.get("usable") else "a device"
     source = memory.get("source") or found["source"]
     speed, mfu = found.get("tokens_per_second"), found.get("mfu")
-    price = found.get("price_per_billion_tokens")
+    price, number = found.get("price_per_billion_tokens"), found["parameters"]
     shown = [
         ("memory", _verdict(found["fits"]), found.get("refused") or "", source),
         ("peak", bytes_text(memory["peak"]), usable, source),
@@ -141,7 +141,7 @@ def _facts(found: Found) -> str:
         ("speed", f"{speed:,.0f}", "tokens/s", step) if speed else None,
         ("MFU", f"{mfu:.1%}", "of peak in bf16", step) if mfu else None,
         ("a billion tokens", f"{price:,.2f}", "in the unit of the price", step) if price else None,
-        ("parameters", number_text(found["parameters"]), f"{found['parameters']:,}", EXACT),
+        ("parameters", number_text(number), f"{number:,}" if number >= 1e6 else "", EXACT),
         (
             "products",
             flops_text(found["flops"]),
@@ -205,21 +205,20 @@ def _step(found: Found, seconds: Found | None) -> str:
             "The terms of the cost model, end to end; where in the step they fall is not predicted. Pale: beside compute, "
             "so not waited for.",
         )
+    timed = any(c.get("seconds") for c in rows)  # without a target nobody knows the links
     sent = [
         (
             c["axis"],
-            c.get("link") or "-",
             c["op"],
             f"{c['count']:,g}",
             bytes_text(c["wire_bytes"]),
             Markup(label(source)),
-            seconds_text(c.get("seconds")),
-            Markup(label(step)) if c.get("seconds") else "",
+            *((c.get("link") or "-", seconds_text(c.get("seconds")), Markup(label(step))) if timed else ()),
         )
         for c in rows
     ]
-    header = ("axis", "link", "collective", "runs", "sent", "tier", "takes", "tier")
-    shown += table(header, sent, right=(3, 4, 6)) if sent else tag("p", "Nothing is sent.")
+    header = ("axis", "collective", "runs", "sent", "tier", *(("link", "takes", "tier") if timed else ()))
+    shown += table(header, sent, right=(2, 3, 6)) if sent else tag("p", "Nothing is sent.")
     return _section("The step and what it sends", shown + _said(source, step), "")
 
 
