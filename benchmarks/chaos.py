@@ -105,6 +105,8 @@ class Job:
         }
         kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
         pipe = subprocess.PIPE
+        # a benchmark that is cut off leaves no launcher behind
+        command = [sys.executable, "-m", "shardtrain.launch.child", str(os.getpid()), *command]
         self.popen = subprocess.Popen(command, env=kept | cache, stdout=pipe, stderr=pipe, text=True)
         self.lines: list[tuple[float, str]] = []
         self.out = ""

@@ -17,7 +17,7 @@ def test_another_config_on_one_host(launch):
     done = launch("config", "--processes", "2", config="CONFIG:another_config")
     assert done.code == 2
     assert "process 1 of 2 trains something else" in done.err
-    assert "optimizer.learning_rate is 0.02, elsewhere 0.01" in done.err
+    assert "optimizer.learning_rate is 0.0125, elsewhere 0.01" in done.err
     assert not (done.output / "config.json").exists()
 
 
