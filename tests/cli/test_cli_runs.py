@@ -58,6 +58,7 @@ def test_resume_on_another_mesh(trained, config, tmp_path, shardtrain):
         assert resumed[step] == pytest.approx(loss, rel=1e-5), step
 
 
+@pytest.mark.slow
 def test_groups_are_rounded_up_and_kept(config, tmp_path, shardtrain, as_json):
     """At least `groups`, a multiple of shards x microbatches, then kept. Failed once: --microbatches was ignored."""
     flags = ["--steps", "1", "--eval-every", "0", "--groups", "6"]

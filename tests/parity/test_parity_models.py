@@ -172,7 +172,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "layout"), [(n, layout) for n, case in CASES.items() for layout in case[4]])
+SLOW = {("decoder", "tensor8"), ("decoder", "infer-fsdp8")}  # the language models have them in the suite
+NAMED = [
+    pytest.param(n, layout, marks=[pytest.mark.slow] if (n, layout) in SLOW else [])
+    for n, case in CASES.items()
+    for layout in case[4]
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), NAMED)
 def test_equals_one_device(name, layout):
     """The faults in mind: no `pcast` in `varying` (data), a stale dropout key (mlp), a wrong dim in
     `without_leading` (scanned-line, pair), statistics of one group kept for all (linen-batchnorm)."""
