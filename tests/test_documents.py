@@ -54,6 +54,7 @@ def test_the_pipeline(tmp_path):
     assert "stage 0" in out and "stage 1" in out and out.endswith("True\n")
 
 
+@pytest.mark.slow
 def test_a_long_sequence(tmp_path):
     """Its losses are those of one device. The fault in mind: a loss that is not of the tokens that it sees."""
     code = next(b for b in BLOCKS if "st.positions(" in b).replace("steps=50", "groups=2, steps=5")

@@ -30,7 +30,7 @@ def run(family: str, layout: str | None, attention: str = "ring", packs: bool = 
     ("family", "layout", "attention"),
     [
         ("gpt", "context8", "ring"),
-        ("gpt", "context4-data2", "ulysses"),
+        pytest.param("gpt", "context4-data2", "ulysses", marks=pytest.mark.slow),
         ("llama", "context2-hybrid", "gather"),
         pytest.param("llama", "context2-sequence", "ring", marks=pytest.mark.slow),
         pytest.param("gpt", "slices-context", "ring", marks=pytest.mark.slow),

@@ -44,7 +44,17 @@ def trained(family: str, layout: str | None, steps: int = 5, sgd: bool = False) 
 
 
 @pytest.mark.parametrize(
-    "layout", ["data8", "zero1", "fsdp8", "tensor8", "tensor4-fsdp2", "hybrid", "slices", "slices-fsdp"]
+    "layout",
+    [
+        "data8",
+        "zero1",
+        pytest.param("fsdp8", marks=pytest.mark.slow),
+        "tensor8",
+        "tensor4-fsdp2",
+        "hybrid",
+        pytest.param("slices", marks=pytest.mark.slow),
+        "slices-fsdp",
+    ],
 )
 def test_gpt(layout):
     """The fault in mind: `psum` left out of `reduce_leaf`, and once with one key for all groups."""

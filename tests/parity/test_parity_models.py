@@ -172,7 +172,11 @@ CASES = {
 }
 
 
-SLOW = {("decoder", "tensor8"), ("decoder", "infer-fsdp8")}  # the language models have them in the suite
+SLOW = {
+    ("decoder", "fsdp8"),
+    ("decoder", "tensor8"),
+    ("decoder-infer", "fsdp8"),
+}  # the language models have them in the suite
 NAMED = [
     pytest.param(n, layout, marks=[pytest.mark.slow] if (n, layout) in SLOW else [])
     for n, case in CASES.items()

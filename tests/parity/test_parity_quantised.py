@@ -150,6 +150,7 @@ def verified(name, quant, layouts, precision):
     )
 
 
+@pytest.mark.slow
 def test_float64_rounds_alike(wide):  # noqa: F811
     """Scales are those of one device where fsdp and tensor divide, so nothing moves to a neighbour: twelve digits.
     Failed once: scales of each tensor device's own part of the sum."""
