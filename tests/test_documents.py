@@ -68,6 +68,7 @@ def test_a_long_sequence(tmp_path):
     assert len(whole) == 5 and divided == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_verification(tmp_path):
     """Over the model of the ten lines. The fault in mind: a renamed argument."""
     first = next(b for b in BLOCKS if "class Mlp" in b)
@@ -112,7 +113,13 @@ def test_launches_in_the_readme_render(capfd, monkeypatch):
         assert main(["launch", *words[:cut], "--dry-run", *words[cut:]]) == 0, capfd.readouterr().err
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+NOTEBOOKS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith("02") else [])
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
     """Executed from top to bottom in a fresh kernel, with results that are kept in the place of compilers for hardware
     that is not here. The fault in mind: a cell that used a later name."""

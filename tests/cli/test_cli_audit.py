@@ -48,6 +48,7 @@ def test_table_and_picture(config, tmp_path, shardtrain):
     assert {"data", "fsdp", "tensor"} <= names and any("of the minimum" in (name or "") for name in names)
 
 
+@pytest.mark.slow
 def test_object(config, as_json):
     """The keys of the contract, and bytes that add up. The fault in mind: a number that is only in the table."""
     code, found = as_json("audit", config)

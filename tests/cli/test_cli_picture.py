@@ -68,6 +68,7 @@ def test_a_page_is_whole_or_not_there(config, shardtrain, tmp_path, monkeypatch)
     assert page.read_text().startswith("<!doctype html>") and len(list(page.parent.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_calibrate_and_plan(config, as_json, shardtrain, tmp_path, monkeypatch):
     """Measured here, read by plan, said to be measured; twice the rates are half the seconds, exactly.
 

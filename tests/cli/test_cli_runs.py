@@ -94,7 +94,9 @@ def test_fresh(config, tmp_path, shardtrain):
     assert len(aside) == 1 and sorted(losses(aside[0])) == [1]
 
 
-@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("sent", "expected"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)]
+)
 def test_signals_save_and_leave(config, tmp_path, sent, expected):
     """Exit 75 for SIGTERM, 0 for Ctrl-C, a checkpoint of the last step, and the same command goes on."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -208,7 +210,7 @@ def test_prepared_folder_as_source(config, tmp_path, shared, as_json):
     assert code == 0, found
 
 
-@pytest.mark.parametrize("suffix", ["bin", "npy"])
+@pytest.mark.parametrize("suffix", [pytest.param("bin", marks=pytest.mark.slow), "npy"])
 def test_tokens_as_source(suffix, config, tmp_path, as_json, shardtrain):
     """Tokens that came without a tokenizer, and 4-byte ones, train by a config field. Failed once at the sample, after
     the training; a uint32 .bin was read as uint16."""

@@ -48,6 +48,7 @@ def test_ways_to_fit(config, as_json, monkeypatch):
     assert [w["step_seconds"] for w in ways] == sorted(w["step_seconds"] for w in ways)
 
 
+@pytest.mark.slow
 def test_several_targets(config, as_json, tmp_path):
     """Strong scaling is of tokens per device; the first target is 1; both are on the page. The fault in mind: each
     against itself."""

@@ -63,7 +63,13 @@ def test_gpt(layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param("fsdp8", marks=pytest.mark.slow), "fsdp4-micro2", "hybrid", "zero1-tensor", "hsdp"],
+    [
+        pytest.param("fsdp8", marks=pytest.mark.slow),
+        pytest.param("fsdp4-micro2", marks=pytest.mark.slow),
+        "hybrid",
+        "zero1-tensor",
+        "hsdp",
+    ],
 )
 def test_llama(layout):
     """The fault in mind: gathered weights in the wrong order."""
