@@ -78,7 +78,9 @@ def _there(options: argparse.Namespace, targets: list[str]) -> tuple[int, dict[s
         if found.fits is False:
             code = shell.FOUND
             shares = Constants.of(found.target, options.constants)
-            ways = ways_to_fit(config, found.target, shares, compile=options.compile, timeout=options.timeout)
+            ways = ways_to_fit(
+                config, found.target, shares, found, compile=options.compile, timeout=options.timeout
+            )
         result = {
             **found.as_json(),
             "pipeline": _pipeline(made),

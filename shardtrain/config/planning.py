@@ -129,6 +129,7 @@ def ways_to_fit(
     config: RunConfig,
     target: Target,
     constants: Constants,
+    before: Forecast,
     most: int = 3,
     *,
     compile: str = "no",
@@ -137,9 +138,9 @@ def ways_to_fit(
     """The cheapest changes of layout under which a config that does not fit does, each partitioned anew and, unless
     `compile` is "no", compiled: what its compiler does not take is not shown.
 
-    One change at a time, then two together. Global batch, sequence length and numerics stay.
+    One change at a time, then two together. Global batch, sequence length and numerics stay. `before`: of the config as
+    it is, what each is compared with.
     """
-    _, before = forecast_config(config, target, constants)
 
     def way(change: str, layout: Layout, found: Forecast) -> WayOut:
         slower = None if found.seconds is None or before.seconds is None else found.seconds - before.seconds

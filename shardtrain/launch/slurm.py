@@ -14,7 +14,6 @@ from typing import Any
 
 from shardtrain.errors import LaunchError
 from shardtrain.launch import certificates
-from shardtrain.launch.certificates import environment
 from shardtrain.launch.client import ask
 from shardtrain.launch.job import Job, exported
 
@@ -87,7 +86,7 @@ def script(job: Job) -> str:
 
 def _certificates(python: list[str]) -> list[str]:
     """Made by the job itself, where it was submitted (a folder that all its hosts see), and gone with it."""
-    files = environment("")
+    files = certificates.environment("")
     return [
         'tls="${SLURM_SUBMIT_DIR:-$PWD}/.shardtrain-tls-$SLURM_JOB_ID"',
         """trap 'rm -rf -- "$tls"' EXIT""",

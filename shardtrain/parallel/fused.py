@@ -69,8 +69,7 @@ def attend(
         spec_of(x, "batch", "seq_block", h, "head_dim") for x, h in ((q, "heads"), (k, "kv_heads"))
     )
     layout = context.current()
-    here = q_spec is None or layout is None or layout.mesh is None
-    specs = None if here else (q_spec, kv_spec)
+    specs = None if q_spec is None else (q_spec, kv_spec)
     # cuDNN's kernel can be lowered for devices alone.
     absent = layout is not None and isinstance(layout.mesh, AbstractMesh) and kernel == "cudnn"
     if _on_paper.get() or absent:
