@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from shardtrain.errors import ShardingError
 from shardtrain.mesh import device_of
 from shardtrain.parallel import fused, ring
+from shardtrain.parallel.region import free_axes, on_parts
 from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.parallel.sequence import zigzag_order
 from shardtrain.sharding import context
@@ -132,7 +133,7 @@ def _ulysses(
     """Whole sequences of some heads: exchanged in, attended as on one device, exchanged back."""
     layout = context.current()
     assert layout is not None and layout.mesh is not None
-    axes, free = layout.sequence, {a for a in layout.mesh.shape if a not in layout.manual}
+    axes = layout.sequence
     n = jax.lax.axis_size(axes)
     heads = spec_of(q, "batch", "seq_block", "heads", "head_dim")
     kv = spec_of(k, "batch", "seq_block", "kv_heads", "head_dim")
@@ -145,7 +146,7 @@ def _ulysses(
                 fix=f"attention='ring', or {name} that {n * _parts(spec, 2)} divides",
             )
 
-    way = [_Way(axes, frozenset(free), spec or PartitionSpec()) for spec in (heads, kv, kv)]
+    way = [_Way(axes, spec or PartitionSpec()) for spec in (heads, kv, kv)]
     # What has travelled is saved under every remat policy: to make it again would be to send it again.
     whole = [checkpoint_name(_exchange(x, w, True), REDUCED) for x, w in zip((q, k, v), way, strict=True)]
     if segments is not None:
@@ -156,10 +157,9 @@ def _ulysses(
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """`axes` divide the sequence; `free` ones are automatic and divide the heads as `spec` says."""
+    """`axes` divide the sequence; automatic ones divide the heads as `spec` says."""
 
     axes: tuple[str, ...]
-    free: frozenset[str]
     spec: PartitionSpec
 
 
@@ -175,9 +175,7 @@ def _exchange(x: jax.Array, way: _Way, enter: bool) -> jax.Array:
         x = x[:, zigzag_order(x.shape[1], n)]
         return jax.lax.all_to_all(x, way.axes, split_axis=1, concat_axis=2, tiled=True)
 
-    if way.free:  # made manual over all axes: nothing is left to the partitioner
-        turn = jax.shard_map(turn, in_specs=way.spec, out_specs=way.spec, axis_names=set(way.free))
-    return opaque(turn)(x)
+    return opaque(on_parts(turn, way.spec, way.spec, free_axes()))(x)
 
 
 def _exchange_back(way: _Way, enter: bool, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:

@@ -20,6 +20,7 @@ from shardtrain.errors import ConfigError, ShardingError
 from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.precision import widen
+from shardtrain.parallel.region import on_parts
 from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.routing import capacity, places
 from shardtrain.sharding import context
@@ -179,18 +180,10 @@ class _Parts:
         saves of nested regions varies over the axes around them too.
         """
         merged = [x.reshape(-1, *x.shape[2:]) for x in arguments]
-        if self.axes:
-            layout = context.current()
-            assert layout is not None
-            parts = PartitionSpec(self.axes)
-            function = jax.shard_map(
-                function,
-                mesh=None if layout.manual else layout.mesh,
-                in_specs=(*[parts] * len(merged), *[PartitionSpec()] * len(whole)),
-                out_specs=parts,
-                axis_names={self.axes} if isinstance(self.axes, str) else set(self.axes),
-            )
-        return jax.tree.map(lambda y: y.reshape(self.count, -1, *y.shape[1:]), function(*merged, *whole))
+        parts = PartitionSpec(self.axes)
+        ins = (*[parts] * len(merged), *[PartitionSpec()] * len(whole))
+        run = on_parts(function, ins, parts, (self.axes,) if isinstance(self.axes, str) else self.axes)
+        return jax.tree.map(lambda y: y.reshape(self.count, -1, *y.shape[1:]), run(*merged, *whole))
 
 
 def _exchanged(

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.mesh import device_of
 from shardtrain.mesh.build import SLOW
+from shardtrain.parallel.region import on_parts
 from shardtrain.parallel.remat import GATHERED
 from shardtrain.sharding import context
-from shardtrain.sharding.rules import SMALL
+from shardtrain.sharding.rules import SMALL, spec_axes
 from shardtrain.tree import path_name
 
 RING = 8  # chips; see `_rings`
@@ -101,14 +102,8 @@ def gather_leaf(leaf: jax.Array, shard: Shard) -> jax.Array:
 
 
 def _local(function: Callable[[jax.Array], jax.Array], shard: Shard) -> Callable[[jax.Array], jax.Array]:
-    """`function` on what one device holds: the automatic axes of the leaf are made manual around it.
-
-    Without this the partitioner gathers the leaf over the automatic axes before a manual collective.
-    """
-    axes = {a for dim in shard.spec if dim for a in ((dim,) if isinstance(dim, str) else dim)}
-    if not axes:
-        return function
-    return jax.shard_map(function, in_specs=shard.spec, out_specs=shard.spec, axis_names=axes)
+    """`function` on what one device holds of the leaf."""
+    return on_parts(function, shard.spec, shard.spec, spec_axes(shard.spec))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

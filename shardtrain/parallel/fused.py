@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from shardtrain.mesh import chip_of
 from shardtrain.parallel.fsdp import alike
+from shardtrain.parallel.region import free_axes, on_parts
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
 
@@ -204,18 +205,11 @@ _fused.defvjp(_forward, _backward)
 
 def _on_parts(function: Callable[..., Any], specs: Any, takes: str, gives: str) -> Callable[..., Any]:
     """On each device's own part: q, k, v; s: [batch, heads, seq], r: [batch, seq] of all heads."""
-    layout = context.current()
-    if specs is None or layout is None or layout.mesh is None:
+    if specs is None:
         return function
-    free = {a for a in layout.mesh.shape if a not in layout.manual}
     q, kv = specs
     part = lambda *dims: PartitionSpec(*(q[d] if len(q) > d else None for d in dims))  # noqa: E731
     of = {"q": q, "k": kv, "v": kv, "s": part(0, 2, 1), "r": part(0, 1)}
-    return jax.shard_map(
-        function,
-        mesh=None if layout.manual else layout.mesh,
-        in_specs=tuple(of[name] for name in takes),
-        out_specs=of[gives] if len(gives) == 1 else tuple(of[name] for name in gives),
-        axis_names=free,
-        check_vma=False,
-    )
+    ins = tuple(of[name] for name in takes)
+    outs = of[gives] if len(gives) == 1 else tuple(of[name] for name in gives)
+    return on_parts(function, ins, outs, free_axes(), check_vma=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import Shard, reduce_scatter, varying
 from shardtrain.parallel.precision import widen
+from shardtrain.parallel.region import on_parts
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
 from shardtrain.sharding.rules import spec_axes
@@ -88,17 +88,6 @@ class _Way:
         sequence = self.shard.spec[0] if self.scatter else None
         return PartitionSpec(*[None] * (ndim - 2), sequence, columns) if ndim > 1 else PartitionSpec(columns)
 
-    def on_parts(
-        self, function: Callable[..., Any], ins: tuple[PartitionSpec, ...], outs: Any
-    ) -> Callable[..., Any]:
-        """`function` on what each device holds of the table, so that nothing is left to the partitioner."""
-        layout, axes = context.current(), spec_axes(self.shard.spec)
-        assert layout is not None
-        if not axes:
-            return function
-        mesh = None if layout.manual else layout.mesh
-        return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, axis_names=axes)
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _lookup(table: jax.Array, ids: jax.Array, way: _Way) -> jax.Array:
@@ -125,7 +114,7 @@ def _forward(table: jax.Array, ids: jax.Array, way: _Way) -> tuple[jax.Array, An
         return rows.astype(shard.compute), taken
 
     outs = way.rows_spec(ids.ndim + 1), whole
-    rows, taken = way.on_parts(find, (shard.spec, whole), outs)(table, ids)
+    rows, taken = on_parts(find, (shard.spec, whole), outs, spec_axes(shard.spec))(table, ids)
     like = jnp.zeros((0, *table.shape), table.dtype)
     return rows, (taken, varying(like, tuple(jax.typeof(table).mat.varying)))
 
@@ -149,7 +138,8 @@ def _backward(way: _Way, residuals: Any, gradient: jax.Array) -> tuple[jax.Array
         return total.at[place].add(rows)
 
     ins = way.rows_spec(gradient.ndim), PartitionSpec()
-    return way.on_parts(add_up, ins, shard.spec)(gradient, taken).astype(like.dtype), None
+    run = on_parts(add_up, ins, shard.spec, spec_axes(shard.spec))
+    return run(gradient, taken).astype(like.dtype), None
 
 
 def _place(ids: jax.Array, height: int, vocab: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import alike, reduce_scatter
 from shardtrain.parallel.precision import wide as wide_of
+from shardtrain.parallel.region import free_axes, on_parts
 from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import spec_of
@@ -46,11 +47,6 @@ class _Way:
     heads: PartitionSpec
     kv: PartitionSpec
 
-    def on_parts(self, function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
-        if not self.free:
-            return function
-        return jax.shard_map(function, in_specs=ins, out_specs=outs, axis_names=set(self.free))
-
     @property
     def logs(self) -> PartitionSpec:
         """Of the logsumexp [2, batch, kv_heads, group, piece]."""
@@ -71,9 +67,8 @@ def attention(
     heads = spec_of(q, "batch", "seq_block", "heads", "head_dim")
     kv = spec_of(k, "batch", "seq_block", "kv_heads", "head_dim")
     assert heads is not None and kv is not None
-    free = frozenset(a for a in layout.mesh.shape if a not in layout.manual)
     n = jax.lax.axis_size(layout.sequence)
-    return _attend(q, k, v, segments, _Way(causal, gathered, layout.sequence, n, free, heads, kv))
+    return _attend(q, k, v, segments, _Way(causal, gathered, layout.sequence, n, free_axes(), heads, kv))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -87,7 +82,9 @@ def _run(
     """Output and logsumexp."""
     ins, outs = (way.heads, way.kv, way.kv, PartitionSpec()), (way.heads, way.logs)
     # Opaque, or a remat policy would save scores.
-    return opaque(way.on_parts(functools.partial(_local_forward, way=way), ins, outs))(q, k, v, segments)
+    return opaque(on_parts(functools.partial(_local_forward, way=way), ins, outs, way.free))(
+        q, k, v, segments
+    )
 
 
 def _forward(
@@ -100,10 +97,11 @@ def _forward(
 
 def _backward(way: _Way, residuals: Any, gradient: jax.Array) -> Any:
     q, k, v, segments, out, logs = residuals
-    run = way.on_parts(
+    run = on_parts(
         functools.partial(_local_backward, way=way),
         (way.heads, way.kv, way.kv, PartitionSpec(), way.heads, way.logs, way.heads),
         (way.heads, way.kv, way.kv),
+        way.free,
     )
     return *run(q, k, v, segments, out, logs, gradient), None
 

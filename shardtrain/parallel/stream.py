@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import reduce_scatter
 from shardtrain.parallel.quantised import COPIES, SUMS, product, quantised
+from shardtrain.parallel.region import free_axes, on_parts
 from shardtrain.parallel.remat import opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
@@ -90,7 +91,7 @@ def split_dim(x: jax.Array, dim: int, parts: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """`stream`: spec of what is divided; `axes` of its `dim`, of `parts` devices; `free`: all automatic axes.
+    """`stream`: spec of what is divided; `axes` of its `dim`, of `parts` devices.
 
     `divided`: False where it is whole on each of them, all the same."""
 
@@ -98,7 +99,6 @@ class _Way:
     dim: int
     axes: tuple[str, ...]
     parts: int
-    free: frozenset[str]
     divided: bool = True
 
     @property
@@ -128,9 +128,8 @@ def _along(spec: PartitionSpec, dim: int) -> _Way:
 def _over(spec: PartitionSpec, dim: int, axes: tuple[str, ...], *, divided: bool = True) -> _Way:
     layout = context.current()
     assert layout is not None and layout.mesh is not None
-    free = frozenset(a for a in layout.mesh.shape if a not in layout.manual)
     parts = math.prod(layout.mesh.shape[a] for a in axes)
-    return _Way(spec, dim, axes, parts, free, divided)
+    return _Way(spec, dim, axes, parts, divided)
 
 
 def _divided(names: tuple[str | None, ...]) -> int | None:
@@ -167,9 +166,7 @@ def _travel(x: jax.Array, way: _Way, spread: bool) -> jax.Array:
         return reduce_scatter(local[0], way.axes, way.dim)
 
     ins, outs = (way.stream, way.copies) if spread else (way.copies, way.stream)
-    mesh = None if layout.manual else layout.mesh
-    run = jax.shard_map(there, mesh=mesh, in_specs=ins, out_specs=outs, axis_names=set(way.free))
-    return opaque(run)(place(x, ins, layout))
+    return opaque(on_parts(there, ins, outs, free_axes()))(place(x, ins, layout))
 
 
 def _travel_back(way: _Way, spread: bool, _: tuple[()], gradient: jax.Array) -> tuple[jax.Array]:
