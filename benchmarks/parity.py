@@ -2,6 +2,7 @@
 
     python benchmarks/parity.py                                  every layout that is not in the results yet
     python benchmarks/parity.py --only "moe context" --again     those cases anew
+    python benchmarks/parity.py --f64                            in float64, two steps
     python benchmarks/parity.py --draw                           the table alone
 
 The tiny configs of GPT, Llama and mixture of experts at half their width, ten steps of AdamW on shipped text, float32,
@@ -39,22 +40,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = {name: f"{ROOT}/configs/{name}.py:tiny" for name in ("gpt", "llama", "moe")}
 STEPS, WIDTH = 10, 64
+KEYS = ("cases", "cases_f64")
 
 
-def save(cases: dict[str, Any]) -> None:
+def save(kept: dict[str, dict[str, Any]]) -> None:
     content = {
         "formula": "relative norm of the difference to one device with the same groups",
         "steps": STEPS,
         "width": WIDTH,
-        "dtype": "float32",
+        "dtype": "float32; cases_f64: float64, two steps",
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
         "hardware": f"{os.cpu_count()} CPU cores, eight simulated devices",
-        "cases": cases,
+        **kept,
     }
     staged = RESULTS / "parity.new"
     staged.write_text(json.dumps(content, indent=1) + "\n")
     staged.replace(RESULTS / "parity.json")
-    (RESULTS / "parity.md").write_text(table(cases) + "\n")
+    tables = [table(kept[name]) for name in KEYS if kept[name]]
+    (RESULTS / "parity.md").write_text("\n\nIn float64:\n\n".join(tables) + "\n")
 
 
 def table(cases: dict[str, Any]) -> str:
@@ -87,15 +90,19 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name has this in it (words, all of them)")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--f64", action="store_true", help="in float64 in place of float32")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     options = parser.parse_args()
     start_devices("cpu:8")
     file = RESULTS / "parity.json"
-    cases: dict[str, Any] = json.loads(file.read_text())["cases"] if file.is_file() else {}
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    kept: dict[str, dict[str, Any]] = {name: found.get(name, {}) for name in KEYS}
+    key, steps, precision = ("cases_f64", 2, "f64") if options.f64 else ("cases", STEPS, "f32")
+    jax.config.update("jax_enable_x64", options.f64)
     for model, place in CONFIGS.items() if not options.draw else ():
-        config = load_config(place)
+        config = dataclasses.replace(load_config(place), precision=precision)
         todo = {f"{model} {c.name}": c for c in layouts_of(config, "all", 8)}
-        cases = {n: row for n, row in cases.items() if not n.startswith(f"{model} ") or n in todo}
+        kept[key] = cases = {n: r for n, r in kept[key].items() if n.split(" ")[0] != model or n in todo}
         names = [n for n in todo if all(w in n for w in options.only.split())]
         names = [n for n in names if options.again or n not in cases]
 
@@ -103,15 +110,15 @@ def main() -> None:
             row = {**dataclasses.asdict(found), "date": datetime.date.today().isoformat()}
             row["first_difference"] = (found.first_difference or "").replace(f"{ROOT}/", "") or None
             cases[f"{model} {found.layout}"] = row
-            save(cases)
+            save(kept)
             print(f"{model} {found.layout}: {found.equal} {found.gradients} {found.first_difference or ''}")
 
         if names:
             sys.stdout, out = sys.stderr, sys.stdout
-            verify_config(config, [todo[n] for n in names], steps=STEPS, width=WIDTH, say=say)
+            verify_config(config, [todo[n] for n in names], steps=steps, width=WIDTH, say=say)
             sys.stdout = out
-    save(cases)
-    print(json.dumps({"cases": cases}))
+    save(kept)
+    print(json.dumps(kept))
 
 
 if __name__ == "__main__":
