@@ -30,8 +30,9 @@ from shardtrain.plan.staged import part_functions
 from shardtrain.sharding import Rules, context
 from shardtrain.sharding.rules import mesh_text
 from shardtrain.train.guard import Guard, memory
+from shardtrain.train.parts import StepParts, field_spec
 from shardtrain.train.state import TrainState, cursor_words
-from shardtrain.train.step import StepParts, choices, evaluate_step, field_spec, gradients, train_step
+from shardtrain.train.step import choices, evaluate_step, gradients, train_step
 from shardtrain.tree import flatten
 
 log = logging.getLogger("shardtrain")

@@ -8,6 +8,7 @@ from compare import difference, train
 from test_parity_models import Mlp, batches, loss
 
 from shardtrain.parallel import fsdp, groups
+from shardtrain.train import parts
 from shardtrain.train import step as steps
 
 
@@ -65,7 +66,7 @@ def blocked_rows(monkeypatch):
 def permuted_gather(monkeypatch):
     true = fsdp._gather.fun if hasattr(fsdp._gather, "fun") else fsdp._gather
     monkeypatch.setattr(fsdp, "gather_leaf", lambda leaf, shard: _rolled(true, leaf, shard))
-    monkeypatch.setattr(steps, "gather_leaf", lambda leaf, shard: _rolled(true, leaf, shard))
+    monkeypatch.setattr(parts, "gather_leaf", lambda leaf, shard: _rolled(true, leaf, shard))
 
 
 def _rolled(gather, leaf, shard):

@@ -160,7 +160,7 @@ def mean_of_means(patch):
 
 def microbatch_skipped(patch):
     """The last group of every device is left out."""
-    plain = step._over_groups
+    plain = step.over_groups
 
     def over(function, *rest, **how):
         return plain(
@@ -169,7 +169,7 @@ def microbatch_skipped(patch):
             **how,
         )
 
-    patch.setattr(step, "_over_groups", over)
+    patch.setattr(step, "over_groups", over)
 
 
 def narrow_reduction(patch):
