@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from shardtrain.errors import ConfigError, ShardingError
+from shardtrain.errors import ConfigError
 from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.precision import widen
 from shardtrain.parallel.region import on_parts
 from shardtrain.parallel.remat import REDUCED
-from shardtrain.parallel.routing import capacity, places
+from shardtrain.parallel.routing import capacity, kept, places
+from shardtrain.parallel.sequence import parts, sequence_axes
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
 
@@ -90,12 +91,12 @@ def expert_mlp(
 
     Raises:
         ConfigError: products are to be in 8 bits.
-        ShardingError: a capacity where a mesh axis divides the sequence: who comes first would go by the device.
 
     Communicates: over expert, with f = (n-1)/n: an all-to-all of the token vectors to the experts and one back, and both
     again for the gradients: 4f*S*D, for S = E * capacity places or, without drops, the B*T*k choices themselves. Without
     drops also an all-gather of E counts, and on CPU, which has no ragged all-to-all, S = n * B*T * min(k, E/n).
-    Over tensor as a dense MLP: f*B*T*D times two forward, times two backward.
+    Over tensor as a dense MLP: f*B*T*D times two forward, times two backward. Where the sequence is divided, what has a
+    place under a capacity travels as without drops, since a device may have any part of it; and see `routing.kept`.
 
     Source: Lepikhin et al., GShard (arXiv 2006.16668); Gale et al., MegaBlocks (arXiv 2211.15841).
     Held by tests/unit/parallel/test_expert.py and tests/comms/test_experts.py.
@@ -108,8 +109,6 @@ def expert_mlp(
             why="an expert takes tokens of all groups of its devices, whose scales would be those of no single group",
             fix="no quant, or a model without experts",
         )
-    if layout is not None and factor:
-        _check_whole(layout)
     if layout is not None and layout.mesh is None:
         mark = f"{OF_EXPERTS}{x_BTD.shape[0] * x_BTD.shape[1]}"
         gate_up, down = checkpoint_name(gate_up, mark), checkpoint_name(down, mark)
@@ -124,21 +123,27 @@ def expert_mlp(
         both = checkpoint_name(product(rows, tensor.divided(gate_up)), "mlp_up")
         return product(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], tensor.divided(down))
 
-    flat = enter_block(x_BTD).reshape(-1, embed)
-    y, dropped = _exchanged(apply, tensor, flat, chosen, weights, experts, experts // held, factor)
+    flat, (rows, tokens) = enter_block(x_BTD).reshape(-1, embed), x_BTD.shape[:2]
+    most = capacity(rows * tokens * parts(), chosen.shape[1], experts, factor) if factor else 0
+    if most and _sequence_is_divided():
+        has = kept(chosen.reshape(rows, tokens, -1), experts, most).reshape(chosen.shape)
+        y, _ = _exchanged(
+            apply, tensor, flat, jnp.where(has, chosen, experts), weights, experts, experts // held, 0
+        )
+        dropped = (~has).sum(dtype=jnp.int32)
+        dropped = jax.lax.psum(dropped, sequence_axes()) if sequence_axes() else dropped
+    else:
+        y, dropped = _exchanged(apply, tensor, flat, chosen, weights, experts, experts // held, most)
     return leave_block(y.reshape(x_BTD.shape)), dropped
 
 
-def _check_whole(layout: context.Layout) -> None:
+def _sequence_is_divided() -> bool:
+    """In the first trace too, which has no mesh."""
+    layout = context.current()
+    if layout is None:
+        return False
     sizes: Any = layout.sizes if layout.mesh is None else layout.mesh.shape
-    for axis in layout.activations.get("seq_block", ()):
-        if sizes.get(axis, 1) > 1:
-            raise ShardingError(
-                f"experts with a capacity, and mesh axis {axis}={sizes[axis]} divides the sequence",
-                where="mixture of experts",
-                why="places go to the first tokens of a group, and a device sees only its part of them",
-                fix=f"capacity 0 (no choice is dropped), or {axis}=1",
-            )
+    return any(sizes.get(axis, 1) > 1 for axis in layout.activations.get("seq_block", ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +199,11 @@ def _exchanged(
     weights: jax.Array,
     experts: int,
     n: int,
-    factor: float,
+    most: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """[T, D] -> [T, D]: `apply` on the rows of the experts that this device, one of n, has."""
+    """[T, D] -> [T, D]: `apply` on the rows of the experts that this device, one of n, has. `most`: see `places`."""
     tokens, k = chosen.shape
     assert n == 1 or jax.lax.axis_size(AXIS) == n, "the experts of a device are its part of the expert axis"
-    most = capacity(tokens, k, experts, factor) if factor else 0
     to = places(chosen, experts, most)
     token = to.choice // k  # T where there is no choice
     rows = spread(tensor.each(x), token, to.place)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.parallel.precision import widen
 from shardtrain.parallel.remat import REDUCED
-from shardtrain.parallel.sequence import sequence_axes
+from shardtrain.parallel.sequence import own, parts, sequence_axes, zigzag_order
 
 
 def scores_of(logits: jax.Array, score: str) -> jax.Array:
@@ -93,7 +93,7 @@ def capacity(tokens: int, k: int, experts: int, factor: float) -> int:
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Where choices go. `choice`: [places], the number of the choice that takes a place (t*k + j for choice j of token t),
-    T*k where none does. `place`: [T, k], of each choice; as many as there are places where it is dropped. `sizes`: [E],
+    T*k where none does. `place`: [T, k], of each choice; as many as there are places where it has none. `sizes`: [E],
     choices of each expert, dropped ones too.
     """
 
@@ -107,17 +107,36 @@ def places(chosen: jax.Array, experts: int, most: int) -> Places:
     token gets does not depend on later ones. By sorting; no mask of tokens x experts x places.
 
     Args:
-        chosen: [T, k]. most: places of each expert, which keeps as many choices (the place of its r-th is `e*most + r`);
-            0: as many as it was chosen, one expert right after the other, T*k in all.
+        chosen: [T, k]; E for a choice that is to have no place. most: places of each expert, which keeps as many choices (the
+            place of its r-th is `e*most + r`); 0: as many as it was chosen, one expert right after the other, T*k in all.
     """
     flat, sizes = chosen.reshape(-1), _count(chosen, experts)
     order = jnp.argsort(flat, stable=True)
     place = jnp.argsort(order)
     if not most:
-        return Places(order, place.reshape(chosen.shape), sizes)
+        place = jnp.where(flat < experts, place, flat.size)
+        choice = jnp.where(jnp.arange(flat.size) < sizes.sum(), order, flat.size)
+        return Places(choice, place.reshape(chosen.shape), sizes)
     starts = jnp.cumsum(sizes) - sizes
     rank, here = place - starts[flat], jnp.arange(most)
     place = jnp.where(rank < most, flat * most + rank, experts * most)
     taken = order.at[starts[:, None] + here].get(mode="fill", fill_value=flat.size)
     choice = jnp.where(here < sizes[:, None], taken, flat.size)
     return Places(choice.reshape(-1), place.reshape(chosen.shape), sizes)
+
+
+def kept(chosen: jax.Array, experts: int, most: int) -> jax.Array:
+    """bool [B, T, k]: the choices for which an expert has a place when it has `most` of them for the whole group, of which
+    this device may have a part of every sequence.
+
+    Args:
+        chosen: [B, T, k], of this device's tokens.
+
+    Communicates: where mesh axes divide the sequence, an all-gather of the choices over them (f*4 bytes a choice).
+    """
+    axes = sequence_axes()
+    if axes:
+        order = zigzag_order(chosen.shape[1] * parts(), parts())
+        chosen = jax.lax.all_gather(chosen, axes, axis=1, tiled=True)[:, order.argsort()]
+    place = places(chosen.reshape(-1, chosen.shape[-1]), experts, most).place
+    return own((place < experts * most).reshape(chosen.shape), 1)

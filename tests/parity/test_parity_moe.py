@@ -61,7 +61,10 @@ def flips(ours: dict, reference: dict, load: str) -> float:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(("capacity", layout) for layout in ("expert8", "data-expert", "expert-tensor-fsdp")),
+        *(
+            ("capacity", layout)
+            for layout in ("expert8", "data-expert", "expert-tensor-fsdp", "expert-context")
+        ),
         *(("dropless", layout) for layout in ("fsdp-expert", "expert-context")),
     ],
 )
@@ -128,7 +131,7 @@ def test_verify_counts():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(n, x) for n in CONFIGS for x in EXPERT_LAYOUTS if (n, x) != ("capacity", "expert-context")],
+    [(n, x) for n in CONFIGS for x in EXPERT_LAYOUTS],
 )
 def test_five_steps(name, layout):
     """Losses and parameters too, on every layout, and the bias bit for bit."""
