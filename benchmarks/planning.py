@@ -137,6 +137,8 @@ def with_verdicts(case: dict[str, Any]) -> dict[str, Any]:
     usable = chip.usable_bytes if chip else None
     fits = lambda peak: None if usable is None else bool(peak <= usable)
     said = False if "refused" in case else fits(case["peak_compiled"])
+    if case["flops_error"] == 0:
+        case.setdefault("flops_recomputed", 0.0)
     return {**case, "usable": usable, "fits_on_paper": fits(case["peak_on_paper"]), "fits": said}
 
 
@@ -170,7 +172,11 @@ def main() -> None:
     kept = json.loads(FILE.read_text())["measured"] if FILE.is_file() else []
     known = {(c["config"], c["target"], c["layout"]): c for c in kept}
     wanted = [case for case in CASES if options.only in " ".join(case)]
-    lacking = lambda c: not {"refused", "flops_recomputed"} & known.get(c, {}).keys()
+    # Where both have the same FLOPs, nothing was run again.
+    lacking = lambda c: (
+        not {"refused", "flops_recomputed"} & known.get(c, {}).keys()
+        and known.get(c, {}).get("flops_error") != 0
+    )
     todo = sorted((c for c in wanted if options.again or lacking(c)), key=known.__contains__)
     for case in todo[: options.most]:
         known[case] = measured(*case)

@@ -21,9 +21,10 @@ class Program:
     """What was read.
 
     `flops`: of products, per device and step (see `hlo.flops` for what no text shows); `recomputed`: those of them that the
-    compiler added, since memory was short, by running products again. `computations`: name -> instructions. `times`: runs of each a step, 0 if never. `loops`: trip counts around each, outermost first.
-    `aliases`: numbers of the entry's parameters that are written in place. `lines`: instructions, the program's size.
-    `frames`: the program's stack frames by number, innermost first.
+    compiler added, since memory was short, by running products again. `computations`: name -> instructions. `times`: runs of
+    each a step, 0 if never. `loops`: trip counts around each, outermost first. `aliases`: numbers of the entry's parameters
+    that are written in place. `lines`: instructions, the program's size. `frames`: the program's stack frames by number,
+    innermost first.
     """
 
     collectives: Collectives
