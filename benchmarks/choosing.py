@@ -131,10 +131,11 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=44)
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    cases = json.loads(FILE.read_text())["cases"] if FILE.is_file() else {}
+    kept = lambda: json.loads(FILE.read_text())["cases"] if FILE.is_file() else {}
     for name, case in CASES.items():
-        if options.only in name and (options.again or name not in cases):
-            cases[name] = measured(*case, options.candidates)
+        if options.only in name and (options.again or name not in kept()):
+            found = measured(*case, options.candidates)
+            cases = {**kept(), name: found}  # another process may have written one meanwhile
             versions = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")}
             result = {
                 "benchmark": "choosing",
@@ -144,7 +145,7 @@ def main() -> None:
                 "cases": {n: cases[n] for n in CASES if n in cases},
             }
             FILE.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(cases))
+    print(json.dumps(kept()))
 
 
 if __name__ == "__main__":

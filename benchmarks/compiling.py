@@ -1,19 +1,28 @@
 """How the program of a step and the time to compile it grow with layers and with devices. Prints JSON.
 
     python benchmarks/compiling.py
+    python benchmarks/compiling.py --plans [--only TEXT] [--most N]
 
 Needs the extras `aot-tpu` and `aot-gpu`. A GPT of scanned layers, bf16, fsdp and fsdp x tensor, compiled anew
 (no cache) by the target's own compiler: instructions of the optimized program, CPU seconds of the compiler's process
 while it compiles, CPU seconds of tracing and lowering here. CPU seconds, because this survives other load on the
 machine. Kept as `benchmarks/results/compiling.json`.
+
+`--plans`: what `shardtrain plan` and `shardtrain search` take as they are called, with no program in the cache: seconds of the
+clock, and CPU seconds of the command and of the compilers that it starts. Kept in `benchmarks/results/planning_time.json`; what is
+there already is not run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import pathlib
+import platform
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +40,90 @@ from shardtrain.models import GPTConfig, build_model, language_model_loss
 VOCAB, EMBED, HEADS, SEQUENCE = 32768, 4096, 32, 1024
 LAYERS = (2, 8, 32)
 DEVICES = {"v5e": ("v5e:2x4", "v5e:8x8", "v5e:16x16"), "h100": ("h100:1x8", "h100:8x8", "h100:32x8")}
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+EACH = {  # config -> target -> what its own layout lacks there
+    "configs/gpt.py:b175": {
+        "v5e:16x16": "--microbatches 48",
+        "v5p:8x8x16": "--microbatches 12",
+        "2*v5e:16x16": "--microbatches 24",
+        "h100:8x8": "--microbatches 192",
+        "h100:128x8": "--microbatches 12",
+    },
+    "configs/llama.py:b8": {
+        "v5e:16x16": "--microbatches 2",
+        "v5p:8x8x16": "--global_batch 1024",
+        "2*v5e:16x16": "",
+        "h100:8x8": "--microbatches 4",
+        "h100:128x8": "--global_batch 1024",
+    },
+    "configs/llama.py:b70": {
+        "v5e:16x16": "--microbatches 16",
+        "v5p:8x8x16": "--microbatches 4",
+        "2*v5e:16x16": "--microbatches 8",
+        "h100:8x8": "--microbatches 64",
+        "h100:128x8": "--microbatches 4",
+    },
+    "configs/moe.py:mixtral_8x7b": {
+        "v5e:16x16": "--microbatches 2",
+        "v5p:8x8x16": "--global_batch 1024",
+        "2*v5e:16x16": "",
+        "h100:8x8": "--microbatches 8",
+        "h100:128x8": "--global_batch 1024",
+    },
+}
+COMMANDS = [
+    *(
+        f"plan {config} --target {target} {more}".strip()
+        for config, found in EACH.items()
+        for target, more in found.items()
+    ),
+    "search configs/llama.py:b8 --target h100:8x8",
+]
+
+
+def timed(command: str) -> dict[str, Any]:
+    """One command in a process of its own, as a user calls it."""
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before, started = spent(), time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="plans-") as cache:
+        done = subprocess.run(
+            [sys.executable, "-m", "shardtrain", *command.split(), "--json"],
+            env={**os.environ, "SHARDTRAIN_CACHE": cache},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    seconds, cpu = time.perf_counter() - started, spent() - before
+    found = json.loads(done.stdout)
+    row = {"exit": done.returncode, "wall_seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
+    if "counts" in found:
+        row |= {"counts": found["counts"], "best": found["best"] and found["best"]["layout"]}
+    else:
+        memory = found.get("memory") or {}
+        names = ("mesh", "rules", "microbatches", "fits", "refused", "source", "error")
+        row |= {name: found[name] for name in names if found.get(name) is not None}
+        row |= {"peak": memory.get("peak"), "ways_to_fit": len(found.get("ways_to_fit", ()))}
+    return row
+
+
+def plans(only: str, most: int) -> None:
+    file = RESULTS / "planning_time.json"
+    known = json.loads(file.read_text())["commands"] if file.is_file() else {}
+    for command in [c for c in COMMANDS if only in c and c not in known][:most]:
+        known[command] = {**timed(command), "load_average": round(os.getloadavg()[0], 1)}
+        result = {
+            "formula": "seconds of one command from start to end; cpu_seconds: of it and of the compilers that it starts",
+            "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, no accelerator",
+            "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+            "commands": {c: known[c] for c in COMMANDS if c in known},
+        }
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({command: known[command]}), flush=True)
 
 
 def measure(name: str, layers: int, tensor: int) -> dict[str, Any]:
@@ -64,6 +157,16 @@ def measure(name: str, layers: int, tensor: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plans", action="store_true")
+    parser.add_argument("--only", default="", help="commands that hold this text")
+    parser.add_argument("--most", type=int, default=len(COMMANDS))
+    options = parser.parse_args()
+    if options.plans:
+        plans(options.only, options.most)
+        return
     rows = [measure(f, n, 1) for f in ("v5e:2x4", "h100:1x8") for n in LAYERS]
     for names in DEVICES.values():
         rows += [measure(name, 4, tensor) for tensor in (1, 4) for name in names]
@@ -96,7 +199,7 @@ def main() -> None:
         "growth": growth,
         "rows": rows,
     }
-    file = pathlib.Path(__file__).parent / "results" / "compiling.json"
+    file = RESULTS / "compiling.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

@@ -249,7 +249,14 @@ class _Executor:
     def choose(
         self, wanted: jax.Array, yes: Callable[[], Any], no: Callable[[], Any], share: tuple[int, int]
     ) -> Any:
-        """One of two, by a condition that differs from stage to stage. `share`: how often the first, of how many runs."""
+        """One of two, by a condition that differs from stage to stage. `share`: how often the first, of how many runs.
+
+        What no stage takes in this phase is not written at all: compilers merge equal branches of two phases into one, whose
+        name then says how often it is taken in one of them only.
+        """
+        times, of = share
+        if times in (0, of):
+            return yes() if times else no()
         if not self.masked:
 
             def counted() -> Any:

@@ -11,21 +11,25 @@ from shardtrain.plan.hlo.collectives import KINDS, Collectives
 from shardtrain.plan.hlo.flops import product_flops
 from shardtrain.plan.hlo.sent import sent
 from shardtrain.plan.hlo.text import Frame, HloError, Instruction, Module, parse
-from shardtrain.plan.hlo.walk import MEGASCALE, Walk, kind_of, number
+from shardtrain.plan.hlo.walk import MEGASCALE, Walk, called, kind_of, number
+
+_REMAT = re.compile(r"\.remat\d*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """What was read.
 
-    `flops`: of products, per device and step (see `hlo.flops` for what no text shows). `computations`: name ->
-    instructions. `times`: runs of each a step, 0 if never. `loops`: trip counts around each, outermost first.
-    `aliases`: numbers of the entry's parameters that are written in place. `lines`: instructions, the program's size.
-    `frames`: the program's stack frames by number, innermost first.
+    `flops`: of products, per device and step (see `hlo.flops` for what no text shows); `recomputed`: those of them that the
+    compiler added, since memory was short, by running products again. `computations`: name -> instructions. `times`: runs of
+    each a step, 0 if never. `loops`: trip counts around each, outermost first. `aliases`: numbers of the entry's parameters
+    that are written in place. `lines`: instructions, the program's size. `frames`: the program's stack frames by number,
+    innermost first.
     """
 
     collectives: Collectives
     flops: float
+    recomputed: float
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
     times: Mapping[str, int | float]
@@ -60,6 +64,7 @@ def read(text: str, mesh: Any) -> Program:
     return Program(
         collectives=found,
         flops=flops,
+        recomputed=_recomputed(module, walk),
         computations=module.computations,
         entry=module.entry,
         times={name: number(walk.times[name]) for name in module.computations},
@@ -68,6 +73,25 @@ def read(text: str, mesh: Any) -> Program:
         lines=sum(map(len, module.computations.values())),
         frames=module.frames,
     )
+
+
+def _recomputed(module: Module, walk: Walk) -> float:
+    """XLA names a copy `NAME.remat`, `NAME.remat2`, and drops NAME itself where only copies are read."""
+
+    def inside(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
+        callees = called(instruction) if instruction.op in ("fusion", "call") else []
+        own = product_flops(instruction, body)
+        return own + sum(inside(i, walk.bodies[c]) for c in callees for i in module.computations[c])
+
+    again = 0.0
+    for name, body in module.computations.items():
+        copies: dict[str, list[Instruction]] = {}
+        for i in body if walk.times[name] else ():
+            copies.setdefault(_REMAT.sub("", i.name), []).append(i)
+        for same in copies.values():
+            if len(same) > 1:
+                again += (len(same) - 1) * number(walk.times[name]) * inside(same[0], walk.bodies[name])
+    return again
 
 
 def collectives(text: str, mesh: Any) -> Collectives:

@@ -1,6 +1,7 @@
 """Programs partitioned on paper against the same programs compiled: FLOPs, bytes, arguments; and by hand."""
 
 import dataclasses
+import re
 
 import optax
 import pytest
@@ -9,6 +10,7 @@ import shardtrain as st
 from shardtrain.models import GPTConfig, MoEConfig, build_model, language_model_loss
 from shardtrain.plan import partitioned
 from shardtrain.plan.candidates import Candidate
+from shardtrain.plan.compiled import lower_step
 from shardtrain.plan.liveness import live
 from shardtrain.plan.paper import Array, Block, Op, Paper, count, trip_count
 from shardtrain.plan.partitioned import partition
@@ -59,6 +61,19 @@ def test_equals_the_compiled_program(name, model):
     total = sum(theirs.values())
     for axis in {*ours, *theirs}:
         assert ours.get(axis, 0) == pytest.approx(theirs.get(axis, 0), abs=0.01 * total), axis
+
+
+def test_no_branch_that_nobody_takes():
+    """Each branch of a pipeline's program is taken by some stage and left by another: of two equal branches, one never taken, the
+    GPU compiler keeps one under the name of either (H100, llama b1, two stages: 1.07% FLOPs too many).
+
+    Failed once: the head written into the ticks after the last forward, which run no head.
+    """
+    target, layout = st.Target("cpu:8"), Candidate.parse("stage2-data4+x2")
+    lowered = lower_step(planned(layout.name, target.mesh(**layout.mesh)), "cpu")
+    text = lowered.compiler_ir("stablehlo").operation.get_asm(enable_debug_info=True)
+    shares = {(int(a), int(b)) for a, b in re.findall(r"branch_\d+_fun/runs_(\d+)_of_(\d+)", text)}
+    assert shares and all(0 < times < of for times, of in shares), shares
 
 
 def test_fused_attention_is_counted():
