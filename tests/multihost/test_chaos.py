@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 
@@ -15,9 +16,11 @@ ONE = {
 
 @pytest.fixture(scope="module")
 def chaos():
+    sys.path.insert(0, str(FILE.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("chaos", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(FILE.parent))
     return module
 
 
