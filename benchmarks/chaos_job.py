@@ -170,7 +170,7 @@ def committed(run: Path) -> int:
     return max((int(f.parent.name) for f in folders if f.parent.name.isdigit()), default=0)
 
 
-def until(true: Any, job: Job, seconds: float = 200.0) -> bool:
+def until(true: Any, job: Job, seconds: float = 500.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end and job.running:
         if true():
