@@ -36,7 +36,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chaos_job import CONFIG, ROWS, STEPS, Job, committed, rows, until
+from chaos_job import CONFIG, ROWS, STEPS, Launch, committed, rows, until
+from chaos_job import job as start
 from hosts import Disk, Hosts
 
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGTERM")
@@ -92,8 +93,8 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         hosts = stack.enter_context(Hosts(2)) if fault == "cut" else None
         disk = stack.enter_context(Disk(folder, 16)) if fault == "disk-full" else None
-        job = Job(work, run, processes, 3 if goes_on else 0, 0.12, hosts)
-        stack.callback(lambda: [popen.kill() for popen in job.launchers])
+        job = start(work, run, processes, 3 if goes_on else 0, 0.12, hosts)
+        stack.callback(job.kill)
         reached = until(lambda: len(rows(run)) >= drawn["step"], job)
         if drawn["in_save"]:
             saving = lambda: any((run / "checkpoints").glob(".saving/*"))
@@ -142,8 +143,8 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
             said = list(job.lines)
             if disk is not None:
                 disk.free()
-            job = Job(work, run, then, 1, 0.0)
-            stack.callback(lambda: [popen.kill() for popen in job.launchers])
+            job = start(work, run, then, 1, 0.0)
+            stack.callback(job.kill)
             job.lines = said + job.lines
         done = job.end()
         judged = judge(drawn, done, rows(run), first, whole, [line for _, _, line in job.lines])
@@ -163,7 +164,7 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
 
 def cause(
     drawn: dict[str, Any],
-    job: Job,
+    job: Launch,
     hosts: Hosts | None,
     disk: Disk | None,
     goes_on: bool,
@@ -284,7 +285,7 @@ def run(trials: int, seed: int, out: Path | None, work: Path, only: tuple[str, .
     def reference(processes: int) -> dict[int, dict[str, Any]]:
         if processes not in references:
             folder = work / f"whole-{processes}"
-            done = Job(work, folder, processes, 0, 0.0).end()
+            done = start(work, folder, processes, 0, 0.0).end()
             assert done.get("exit") == 0, f"the reference on {processes} processes did not end well: {done}"
             references[processes] = {row["step"]: row for row in rows(folder)}
         return references[processes]
@@ -322,6 +323,7 @@ def main() -> None:
     options = parser.parse_args()
     import jax
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts and disks are taken away
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as work:
         found = run(options.trials, options.seed, options.out, Path(work), tuple(options.only))
     result = {

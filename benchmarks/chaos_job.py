@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,39 +59,34 @@ def tiny():
 """
 
 
-class Job:
-    """`shardtrain launch local`, on one host or on several, its lines with their times."""
+class Launch:
+    """`shardtrain launch local`, on one host or on several, its lines with their times.
+
+    Args:
+        options: of each host's launcher. train: the words after `train`. environment: beside this process's. hosts: where.
+    """
 
     def __init__(
-        self, work: Path, run: Path, processes: int, restarts: int, pace: float, hosts: Hosts | None = None
+        self,
+        options: Sequence[Sequence[str]],
+        train: Sequence[str],
+        environment: Mapping[str, str],
+        hosts: Hosts | None = None,
     ):
-        count = 1 if hosts is None else len(hosts.names)
-        command = [sys.executable, "-m", "shardtrain", "launch", "local", "--json"]
-        command += ["--processes", str(processes // count), "--max-restarts", str(restarts)]
-        if pace:
-            command += ["--inject", f"slow@step=1:attempt=all:seconds={pace}"]
-        if hosts is not None:
-            command += ["--hosts", str(count), "--coordinator", f"{hosts.addresses[0]}:29517"]
-            command += ["--mtls", "off", "--devices-per-process", str(DEVICES // processes)]
-        train = ["--", "train", f"{work / 'config.py'}:tiny", "--output", str(run), "--json"]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        }
-        environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | cache
+        kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
         self.lines: list[tuple[float, int, str]] = []
-        self.outs = [""] * count
+        self.outs = [""] * len(options)
         self.launchers = []
         self._threads = []
-        for host in range(count):
-            words = [*command, *(["--host-index", str(host)] if hosts else []), *train]
+        for host, own in enumerate(options):
+            words = [sys.executable, "-m", "shardtrain", "launch", "local", "--json", *own]
+            words += ["--", "train", *train, "--json"]
             if hosts is not None:
                 words = hosts.command(host, words)
             # a benchmark that is cut off leaves no launcher behind
             words = [sys.executable, "-m", "shardtrain.launch.child", str(os.getpid()), *words]
             pipe = subprocess.PIPE
-            popen = subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
+            popen = subprocess.Popen(words, env=kept | environment, stdout=pipe, stderr=pipe, text=True)
             self.launchers.append(popen)
             for read in (self._err, self._out):
                 self._threads.append(threading.Thread(target=read, args=(host, popen), daemon=True))
@@ -150,6 +146,31 @@ class Job:
         except ValueError:
             return {}
 
+    def kill(self) -> None:
+        for popen in self.launchers:
+            popen.kill()
+
+
+def job(
+    work: Path, run: Path, processes: int, restarts: int, pace: float, hosts: Hosts | None = None
+) -> Launch:
+    """The run of `CONFIG`, `pace` seconds before each step."""
+    count = 1 if hosts is None else len(hosts.names)
+    options = ["--processes", str(processes // count), "--max-restarts", str(restarts)]
+    if pace:
+        options += ["--inject", f"slow@step=1:attempt=all:seconds={pace}"]
+    each = [options]
+    if hosts is not None:
+        options += ["--hosts", str(count), "--coordinator", f"{hosts.addresses[0]}:29517"]
+        options += ["--mtls", "off", "--devices-per-process", str(DEVICES // processes)]
+        each = [[*options, "--host-index", str(host)] for host in range(count)]
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
+    return Launch(each, [f"{work / 'config.py'}:tiny", "--output", str(run)], environment, hosts)
+
 
 def rows(run: Path) -> list[dict[str, Any]]:
     found = []
@@ -170,7 +191,7 @@ def committed(run: Path) -> int:
     return max((int(f.parent.name) for f in folders if f.parent.name.isdigit()), default=0)
 
 
-def until(true: Any, job: Job, seconds: float = 500.0) -> bool:
+def until(true: Any, job: Launch, seconds: float = 500.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end and job.running:
         if true():
