@@ -13,6 +13,29 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S)]
 
 
+def faults() -> list[list[str]]:
+    """Rows of the tables of faults: what, what happens, how soon, what it says, and the test."""
+    found, inside = [], False
+    for line in README.splitlines():
+        inside = line.startswith("| fault |") or (inside and line.startswith("|"))
+        if inside and not line.startswith(("| fault |", "|---")):
+            found.append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_every_fault_is_held_by_a_test():
+    """At least thirty, each told apart, and each by a test that there is. Failed once on a test that had another name."""
+    rows = faults()
+    tests: dict[str, set[str]] = {}
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        tests.setdefault(file.name, set()).update(re.findall(r"^def (test_\w+)", file.read_text(), re.M))
+    assert len(rows) >= 30 and all(len(row) == 5 and row[0] and row[1] for row in rows)
+    assert len({(row[0], row[2], row[3]) for row in rows}) == len(rows)
+    for row in rows:
+        file, _, name = row[4].strip("`").partition("::")
+        assert name in tests.get(file, ()), f"{row[0]}: no test {row[4]}"
+
+
 def run(code: str, tmp_path: pathlib.Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -26,11 +27,18 @@ _POLL = 0.02
 _WITNESSES = 0.3  # seconds in which others of the same fault may be noticed
 _LAST_WORDS = 2.0  # seconds that survivors have to say what they saw
 _TAIL = 12
+_TRACE = re.compile(r"\s*@ +0x|\*\*\* Check failure|=== Source Location|external/")
+"""Lines of JAX's that tell people nothing: the logs have them."""
+_UNHEALTHY = re.compile(r"stopped sending heartbeats\)[^\d]*((?:\d+\s+)+)")
+_AGENT = re.compile(r"RPC: /\S*CoordinationService/(\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What one process runs, and the variables that are set for it beyond this one's environment."""
+    """What one process runs, and the variables that are set for it beyond this one's environment.
+
+    Where several hosts each start their own, `JAX_PROCESS_ID` and `JAX_NUM_PROCESSES` say which of all it is.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -41,7 +49,7 @@ class Ended:
     """How an attempt ended. `process`: whose end it was, None when all agree. `result`: JSON that process 0 printed.
 
     `code`: an exit code, negative for a signal. `last`: the last lines of that process on stderr. `stuck`: what was seen
-    when nobody had ended and one should have gone on.
+    when nobody had ended and one should have gone on. `lost`: whom JAX missed when it ended this process.
     """
 
     code: int
@@ -50,13 +58,30 @@ class Ended:
     last: tuple[str, ...] = ()
     result: str = ""
     stuck: str = ""
+    lost: str = ""
 
     def __str__(self) -> str:
         if self.stuck:
             return self.stuck
         if self.process is None:
             return f"all {self.of} processes ended with {self.code}"
-        return f"process {self.process} of {self.of} {_how(self.code)}"
+        how = f"process {self.process} of {self.of} {_how(self.code)}"
+        return f"{how} by JAX: {self.lost}" if self.lost else how
+
+
+def missed(lines: Iterable[str]) -> str:
+    """Of whom JAX's coordination service heard no more, by what it wrote when it ended a process; else empty."""
+    text = "\n".join(lines)
+    if found := _UNHEALTHY.search(f"{text}\n"):
+        gone = sorted({int(n) for n in found[1].split()})
+        names = f"process{'es' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+        return f"no heartbeat of {names}: stopped, or the network is cut"
+    if (agent := _AGENT.search(text)) and "Terminating process" in text:
+        how = (
+            "stopped, or the network is cut" if agent[1] == "Heartbeat" else "it ended, or the network is cut"
+        )
+        return f"no answer from the coordinator, process 0: {how}"
+    return ""
 
 
 def _how(code: int) -> str:
@@ -102,10 +127,11 @@ class Signals:
 class _Process:
     def __init__(self, index: int, start: Start, width: int, logs: pathlib.Path | None, quiet: bool):
         self.index = index
+        self.rank = int(start.environment.get("JAX_PROCESS_ID", index))  # among those of all hosts
         self.tail: deque[str] = deque(maxlen=_TAIL)
         self.out = ""
-        self._prefix = f"[{index:{width}}] "
-        self._log = None if logs is None else _log_file(logs, index)
+        self._prefix = f"[{self.rank:{width}}] "
+        self._log = None if logs is None else _log_file(logs, self.rank)
         self._lock = threading.Lock()
         command = [sys.executable, "-m", "shardtrain.launch.child", str(os.getpid()), *start.command]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **start.environment}
@@ -127,7 +153,7 @@ class _Process:
             line = raw.decode(errors="replace").rstrip("\n").rpartition("\r")[2]
             if stream is self.popen.stdout:
                 self.out = line
-            elif line.strip():
+            elif line.strip() and not _TRACE.match(line):
                 self.tail.append(line)
             # a full disk or a closed pipe must not stop the reading: the process would block on its own output
             with self._lock, contextlib.suppress(OSError, ValueError):
@@ -178,7 +204,8 @@ class Attempt:
 
     def __init__(self, starts: Sequence[Start], logs: pathlib.Path | None = None, quiet: bool = False):
         self._processes: list[_Process] = []
-        width = len(str(len(starts) - 1))
+        self._of = max(int(s.environment.get("JAX_NUM_PROCESSES", len(starts))) for s in starts)
+        width = len(str(self._of - 1))
         try:
             for index, start in enumerate(starts):
                 self._processes.append(_Process(index, start, width, logs, quiet))
@@ -247,8 +274,13 @@ class Attempt:
     def _ended(self, code: int, process: int | None = None) -> Ended:
         for p in self._processes:
             p.end()
-        last = () if process is None else tuple(self._processes[process].tail)
-        return Ended(code, process, len(self._processes), last, self._processes[0].out)
+        out = self._processes[0].out
+        if process is None:
+            return Ended(code, of=len(self._processes), result=out)
+        named = self._processes[process]
+        last = tuple(named.tail)
+        lost = missed(last) if code == -signal.SIGABRT else ""
+        return Ended(code, named.rank, self._of, last, out, lost=lost)
 
     def _signal(self, number: int) -> None:
         for process in self._processes:

@@ -19,7 +19,7 @@ class Eye:
     """Looks once a second.
 
     Args:
-        folder: where the processes leave their beats. alive: seconds without a beat.
+        folder: where the processes leave their beats. alive: seconds without a beat; 0 for any.
     """
 
     def __init__(self, folder: pathlib.Path, alive: float):
@@ -37,7 +37,7 @@ class Eye:
         halted = [index for index, pid in running.items() if _state(pid) == "T"]
         self._stopped = {i: self._stopped.get(i, now) for i in halted}
         found = self._seen(running)
-        late = [i for i, since in self._stopped.items() if now - since > self._alive]
+        late = [i for i, since in self._stopped.items() if 0 < self._alive < now - since]
         if late and not found:  # before its first beat
             return Verdict(tuple(late), f"process {late[0]} was stopped by a signal before it began")
         return verdict(found, now, self._alive)

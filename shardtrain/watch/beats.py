@@ -112,12 +112,12 @@ class Verdict:
 def verdict(seen: Sequence[Seen], now: float, alive: float = ALIVE) -> Verdict | None:
     """Whether somebody is stuck, and who.
 
-    First who has not beaten for `alive` seconds. Then who is over its budget in work of its own, the one furthest
+    First who has not beaten for `alive` seconds (0: any). Then who is over its budget in work of its own, the one furthest
     behind: the rest wait for it. Whoever waits is to blame for nothing while another still works within its budget;
     when all wait and all for too long, the last to dispatch is, or nobody.
     """
     judged = [s for s in seen if s.beat.phase != "end"]
-    silent = [s for s in judged if s.silent(now) > alive]
+    silent = [s for s in judged if 0 < alive < s.silent(now)]
     if silent:
         return _blame(silent, judged, now, "has given no sign of life for {silent:.0f} s, last seen {place}")
     working = [s for s in judged if s.beat.phase != "wait"]

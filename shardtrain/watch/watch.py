@@ -26,6 +26,9 @@ EVERY = 0.5  # seconds between beats
 LAST_WORDS = 2.0  # seconds before leaving: JAX ends the others when one is gone, and they have to write too
 _WINDOW = 64
 _KEEP = 4  # beats between two writings of ledger and table, and, over hosts, between two looks at the service
+_ANSWER = (
+    2 / 3
+)  # of the seconds without a beat: the service may go so long without an answer, less than JAX gives it
 
 
 class Watch(contextlib.AbstractContextManager["Watch"]):
@@ -34,7 +37,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
     Args:
         process, run: this one's index, and the run's folder.
         service: a board over hosts, used where no launcher on this machine reads beats. All processes then judge
-            each other by it, and leave with 3 when one is stuck.
+            each other by it, and leave with 3 when one is stuck, or when it answers no more.
         again: a launcher started this run again. environment: of the process; for tests. leave: ends the process.
     """
 
@@ -64,6 +67,8 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._steps: collections.deque[dict[str, float]] = collections.deque(maxlen=_WINDOW)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._unanswered = 0  # beats since the service answered
+        self._told = threading.Lock()  # one alarm
         self._stacks: Any = None
 
     def phase(self, name: str, step: int, hidden: bool = False) -> None:
@@ -116,6 +121,8 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
                 faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._thread = threading.Thread(target=self._beats, name="watch", daemon=True)
         self._thread.start()
+        if self._judge:
+            threading.Thread(target=self._listens, name="watch-service", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,13 +161,30 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
 
     def _judged(self, observer: Observer) -> str:
         try:
-            found = verdict(observer.look(), time.monotonic(), self._silence.get("alive", ALIVE))
-        except RuntimeError:  # the coordinator does not answer; JAX's own heartbeat ends that
+            seen = observer.look()
+        except RuntimeError:  # the coordinator does not answer: `_listens` counts how long
             return ""
+        self._unanswered = 0
+        found = verdict(seen, time.monotonic(), self._silence.get("alive", ALIVE))
         return found.text if found else ""
+
+    def _listens(self) -> None:
+        """Beside the thread that asks the service, whose call into a cut network does not come back for a while.
+        Counts its own waits, not the clock: one that was stopped itself has nobody to blame."""
+        bound = _ANSWER * self._silence.get("alive", ALIVE)
+        while not self._stop.wait(EVERY):
+            self._unanswered += 1
+            if 0 < bound < (seconds := self._unanswered * EVERY):
+                self._alarm(
+                    f"process {self.process} is cut off: no answer from the coordinator, process 0, for {seconds:.0f} s; "
+                    "it is stopped, or the network between is down"
+                )
+                return
 
     def _alarm(self, text: str) -> None:
         """Over hosts: leave word, and leave. What started this process starts it again."""
+        if not self._told.acquire(blocking=False):
+            return
         log.error("stuck: %s", text)
         print(f"stuck: {text}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from shardtrain.errors import LaunchError, RunError
-from shardtrain.launch import local
+from shardtrain.launch import local, processes
 
 ME = (
     "import os, sys, time; me = int(os.environ['JAX_PROCESS_ID']); n = int(os.environ['JAX_NUM_PROCESSES']); "
@@ -149,13 +149,54 @@ def test_words_are_data(launch, tmp_path, capfd):
 START = """
 import sys
 from shardtrain.errors import ShardTrainError
-from shardtrain.launch import local
+from shardtrain.launch import local, processes
 try:
     found = local.launch(local.Local((sys.executable, "-c", {code!r}), 2, grace={grace}), lambda line: print(line, flush=True))
     print(found["exit"], found["attempts"])
 except ShardTrainError as error:
     print(error)
 """
+
+
+LOST = (
+    (
+        "E1126 17:10 coordination_service.cc:1518] UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):",
+        "2",
+        "3",
+        "The tasks have crashed. Check the task logs for an earlier error",
+        "F1126 17:10 client.h:86] Terminating process because the JAX distributed service detected fatal errors.",
+        "RPC: /xla.coordination.CoordinationService/PollForError [type.googleapis.com/tensorflow.CoordinationServiceError='']",
+    ),
+    (
+        "F1126 17:10 client.h:86] Terminating process because the JAX distributed service detected fatal errors.",
+        "RPC: /xla.coordination.CoordinationService/Heartbeat",
+    ),
+)  # as JAX 0.12 wrote it when the cable of one of two hosts was out: the coordinator's side, and the other
+
+
+def test_whom_jax_missed_is_named():
+    """Not the survivor alone that JAX ended. The fault in mind: `process 0 was killed by SIGABRT` and a stack of addresses."""
+    here, there = map(processes.missed, LOST)
+    assert here == "no heartbeat of processes 2, 3: stopped, or the network is cut"
+    assert there == "no answer from the coordinator, process 0: stopped, or the network is cut"
+    gone = ("F1 Terminating process because", "RPC: /xla.coordination.CoordinationService/PollForError")
+    assert processes.missed(gone).endswith("process 0: it ended, or the network is cut")
+    assert not processes.missed(["RPC: /xla.coordination.CoordinationService/PollForError", "went on"])
+
+
+def test_a_process_of_another_host_keeps_its_number(launch, tmp_path, capfd):
+    """On the second of two hosts: numbers, prefixes and logs are those of all. What JAX says as it aborts is understood, its
+    addresses are not shown again. Failed once: `process 0 of 1`, and two hosts that write one log."""
+    words = "\n".join((*LOST[1], "    @     0x7f67764f81b4  absl::log_internal::LogMessage::SendToLog()"))
+    code = f"sys.stderr.write({words!r} + chr(10)); sys.stderr.flush(); os.abort() if me == 3 else time.sleep(60)"
+    logs = tmp_path / "logs"
+    with pytest.raises(RunError) as error:
+        where = {"hosts": 2, "host_index": 1, "coordinator": "one:1", "mtls": "off"}
+        launch(code, 2, max_restarts=0, logs=logs, **where)
+    said = "process 3 of 4 was killed by SIGABRT by JAX: no answer from the coordinator, process 0"
+    assert str(error.value.message).startswith(said) and "0x7f" not in error.value.why
+    assert {f.name for f in logs.iterdir()} == {"process-2.log", "process-3.log"}
+    assert "[3] F1126" in capfd.readouterr().err
 
 
 def started(tmp_path, code, grace=20.0):

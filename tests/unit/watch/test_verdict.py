@@ -59,6 +59,7 @@ def test_silence():
     for phase in FLOORS:
         assert blamed(seen(0, "data", seconds=99.0), seen(1, phase, silent=ALIVE + 1, budget=1e6)) == (1,)
         assert blamed(seen(1, phase, silent=ALIVE - 1, budget=1e6)) is None
+    assert verdict([seen(0, "data", silent=1e6, budget=None)], NOW, 0.0) is None  # failed once: 0 blamed all
     told = verdict([seen(0, "wait"), seen(1, "save", silent=20.0, budget=300.0)], NOW).text
     assert told.startswith("process 1 has given no sign of life for 20 s, last seen saving at step 812")
 

@@ -84,6 +84,58 @@ def test_hosts_judge_each_other(tmp_path, monkeypatch, capfd):
         assert "test_hosts_judge_each_other" in text, "the main thread's stack"
 
 
+class Cut(Shared):
+    """A coordinator behind a network that is down: calls raise, or do not come back."""
+
+    def __init__(self, hangs):
+        super().__init__()
+        self.hangs, self.over = hangs, threading.Event()
+
+    def all(self):
+        if self.hangs:
+            self.over.wait(30)
+        raise RuntimeError("UNAVAILABLE")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_cut_off_from_the_coordinator(tmp_path, monkeypatch, capfd, hangs):
+    """Who gets no answer leaves, says so and keeps where it was. Failed once without `_listens`: it was left to JAX's heartbeat."""
+    monkeypatch.setattr(module, "EVERY", 0.02)
+    monkeypatch.setattr(module, "LAST_WORDS", 0.0)
+    board, left, gone = Cut(hangs), [], threading.Event()
+
+    def leave(code):
+        left.append(code)
+        gone.set()
+
+    given = {"SHARDTRAIN_SILENCE": "alive=0.6"}
+    with Watch(1, tmp_path, service=board, environment=given, leave=leave) as watch:
+        watch.phase("wait", 6)
+        assert gone.wait(20)
+        board.over.set()
+    assert left == [3]
+    told = "stuck: process 1 is cut off: no answer from the coordinator, process 0, for 0 s"
+    assert told in capfd.readouterr().err
+    text = (tmp_path / "stuck" / "process-1.txt").read_text()
+    assert "is cut off" in text and "waiting for step 6's metrics" in text
+
+
+def test_an_answer_now_and_then_is_enough(tmp_path, monkeypatch):
+    """Nor does `alive=0` judge anybody. Failed once with a count that no answer sets back."""
+    monkeypatch.setattr(module, "EVERY", 0.01)
+    monkeypatch.setattr(module, "LAST_WORDS", 0.0)
+    left = []
+    for silence in ("alive=0.3", "alive=0"):
+        watch = Watch(0, service=Shared(), environment={"SHARDTRAIN_SILENCE": silence}, leave=left.append)
+        with watch:
+            watch.phase("wait", 6)
+            seen = 0
+            while seen < 40:  # twice the bound of the first
+                seen = watch.beat().serial
+                time.sleep(0.02)
+    assert not left
+
+
 def test_no_judge_where_the_launcher_reads(tmp_path):
     """One opinion, not two. The folder gets beats and a file for stacks."""
     board = Shared()
