@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import re
@@ -13,7 +14,7 @@ from shardtrain.checkpoint import inspect, newest_intact, versions
 from shardtrain.config.build import build, build_mesh, make_plan
 from shardtrain.config.load import load_config
 from shardtrain.config.resolve import device_count, resolve
-from shardtrain.config.run import resume_config
+from shardtrain.config.run import resume_config, stored, write_config
 from shardtrain.config.schema import MeshSizes, RunConfig
 from shardtrain.errors import CheckpointError, ConfigError
 from shardtrain.mesh import Target
@@ -33,17 +34,25 @@ REDUCTIONS: Mapping[str, str] = {
 
 
 def resumed(run: str, flags: Sequence[str], devices: str = "") -> tuple[RunConfig, list[str]]:
-    """The config of a run with flags laid over it, on the devices that are left, and lines to say.
+    """The config of a run with flags laid over it, on the devices that are left, and lines to say. A run that has no
+    folder here yet gets one from the store that `--durable` names.
 
     Args:
         devices: a number of them, or what `RunConfig.devices` takes; default: as the run had.
 
     Raises:
-        ConfigError: not a run, or the flags change what is trained.
+        ConfigError: not a run, or the flags change what is trained. And what a store raises that cannot be read.
     """
     path = pathlib.Path(run)
     if not (path / "config.json").is_file():
-        raise ConfigError("no config.json here, so no run", where=run, fix="the --output of a run")
+        if not (url := _flag(flags, "--durable")) or (old := stored(url)) is None:
+            raise ConfigError(
+                "no config.json here, so no run",
+                where=run,
+                why=f"and no checkpoint in {url}" if url else "",
+                fix="the --output of a run; or --durable URL, where its checkpoints are",
+            )
+        write_config(path, old)
     old = load_config(str(path))
     count = re.fullmatch(r"(?:cpu:)?(\d+)", devices)
     if devices.isdigit():
@@ -56,6 +65,13 @@ def resumed(run: str, flags: Sequence[str], devices: str = "") -> tuple[RunConfi
         sizes = " ".join(f"{a}={n}" for a, n in dataclasses.asdict(new.mesh).items() if n > 1) or "one device"
         notes.append(f"mesh: {sizes} for {count[1]} devices; --mesh.AXIS N decides otherwise")
     return resume_config(old, new, path), notes
+
+
+def _flag(flags: Sequence[str], name: str) -> str:
+    """The value of a flag among others; empty without."""
+    joined = [flag.partition("=")[2] for flag in flags if flag.startswith(f"{name}=")]
+    apart = [value for flag, value in itertools.pairwise(flags) if flag == name]
+    return (joined + apart or [""])[-1]
 
 
 def fit_devices(config: RunConfig, count: int) -> RunConfig:
