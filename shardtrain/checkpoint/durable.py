@@ -248,7 +248,9 @@ class Durable:
             if (thread := self._thread) is not None and thread.is_alive():
                 thread.join(2)
                 if thread.is_alive():
-                    log.warning("waiting until step %d is in %s", max(self.sending(), default=0), self.store.url)
+                    log.warning(
+                        "waiting until step %d is in %s", max(self.sending(), default=0), self.store.url
+                    )
                     thread.join()
         finally:
             if self._lease is not None:

@@ -69,10 +69,12 @@ def read(store: Store) -> tuple[Content, bytes]:
             )
         if content.get("format") == FORMAT:
             return content, generation
-    places = [key.partition("/")[0] for key in store.keys() if key.endswith(f"/{folder.MANIFEST}")]
+    places = [key.partition("/")[0] for key in store.names() if key.endswith(f"/{folder.MANIFEST}")]
     steps = {p.partition("-")[0]: {"place": p} for p in sorted(places) if PLACE.fullmatch(p)}
     if data is not None or steps:
-        log.error("%s: %s is %s; its steps are those with a manifest: %s", store.url, NAME, "missing" if data is None else "damaged", ", ".join(steps) or "none")  # fmt: skip
+        what = "missing" if data is None else "damaged"
+        said = ", ".join(steps) or "none"
+        log.error("%s: %s is %s; its steps are those with a manifest: %s", store.url, NAME, what, said)
     return {"format": FORMAT, "serial": 0, "owner": None, "steps": steps, "aside": {}}, generation
 
 
@@ -88,7 +90,7 @@ class Lease:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.lost = ""  # to whom
-        self.owner = {
+        self.owner: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "run": uuid.uuid4().hex[:8],
@@ -100,7 +102,7 @@ class Lease:
         while self._generation is None:
             content, generation = wait_for(store, self.owner["folder"])
             self._write({**content, "owner": self.owner}, generation)
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread: threading.Thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
     @property
@@ -142,7 +144,10 @@ class Lease:
 
     def _write(self, content: Content, generation: bytes) -> bool:
         owner = content["owner"] and {**content["owner"], "renewed": time.time()}
-        content |= {"owner": owner, "serial": content["serial"] + 1}  # never the same twice: an ETag is a digest
+        content |= {
+            "owner": owner,
+            "serial": content["serial"] + 1,
+        }  # never the same twice: an ETag is a digest
         written = self._store.replace(NAME, manifest.seal(content).encode(), generation)
         if written is not None:
             self.content, self._generation = content, written
@@ -153,7 +158,9 @@ class Lease:
             try:
                 self.change(lambda _: None)
             except StoreError as error:
-                log.info("%s: not renewed: %s", self._store.url, error)  # the next time, or at the next commit
+                log.info(
+                    "%s: not renewed: %s", self._store.url, error
+                )  # the next time, or at the next commit
             except LostError as error:
                 log.error("nothing more goes to %s", error)
                 return
@@ -166,7 +173,9 @@ class Lease:
             try:
                 self.change(lambda content: content.update(owner=None))
             except (StoreError, LostError) as error:
-                log.warning("%s: not released, so another host waits %.0f s: %s", self._store.url, LEASE, error)
+                log.warning(
+                    "%s: not released, so another host waits %.0f s: %s", self._store.url, LEASE, error
+                )
 
 
 def wait_for(store: Store, folder_name: str = "") -> tuple[Content, bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardtrain.checkpoint import agreement, head, transfer
-from shardtrain.checkpoint.folder import MANIFEST
+from shardtrain.checkpoint.folder import local
 from shardtrain.checkpoint.store import Store, StoreError, refusal
 from shardtrain.errors import CheckpointError
 
@@ -45,7 +45,10 @@ def inspect(url: str, step: int | None = None) -> dict[str, Any]:
             sealed, content = transfer.fetch_manifest(store, step, place)
         except ValueError as error:
             raise CheckpointError(
-                f"step {step} is damaged", where=f"{url}/{place}", why=str(error), fix="--step, of another one"
+                f"step {step} is damaged",
+                where=f"{url}/{place}",
+                why=str(error),
+                fix="--step, of another one",
             ) from error
         size = sum(content["files"].values()) + len(sealed)
         return {**content, "path": f"{store.url}/{place}", "committed": True, "bytes": size}
@@ -97,7 +100,7 @@ def refuse_if_taken(url: str, path: Path) -> None:
 
     def look() -> None:
         with _telling(url):
-            head.wait_for(Store(url), head.known_name(path))
+            head.wait_for(Store(url), head.known_name(local(path)))
 
     agreement.on_first(look)
 
@@ -111,13 +114,15 @@ def _telling(url: str) -> Iterator[None]:
 
 
 def _steps(content: head.Content) -> dict[int, dict[str, Any]]:
-    return {int(step): entry for step, entry in sorted(content["steps"].items(), key=lambda pair: int(pair[0]))}
+    return {
+        int(step): entry for step, entry in sorted(content["steps"].items(), key=lambda pair: int(pair[0]))
+    }
 
 
 def _unfinished(store: Store, content: head.Content) -> list[int]:
     """Steps of which something is there, and that no head names."""
     named = {entry["place"] for kind in ("steps", "aside") for entry in content[kind].values()}
-    places = {key.partition("/")[0] for key in store.keys()} - named
+    places = {key.partition("/")[0] for key in store.names()} - named
     return sorted(int(found[1]) for place in places if (found := head.PLACE.fullmatch(place)))
 
 

@@ -14,7 +14,11 @@ from typing import Any
 from shardtrain.errors import CheckpointError, RunError, ShardTrainError
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
-RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "8s"}  # of what a store answers with 5xx or 429
+RETRIES = {
+    "max_retries": 5,
+    "initial_delay": "500ms",
+    "max_delay": "8s",
+}  # of what a store answers with 5xx or 429
 ANSWER = 60.0  # seconds to wait for one, and more where there are bytes:
 SLOWEST = 1 << 20  # bytes a second; under that a store counts as silent
 MISSING = b"\x02"  # TensorStore's generation of what is not there
@@ -98,7 +102,7 @@ class Store:
             raise
         return found.state == "value" and found.value == last
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """Names of the objects under `prefix`."""
         import tensorstore
 
@@ -116,7 +120,9 @@ class Store:
             future.cancel()
             raise StoreError(f"did not {what} within {limit:.0f} s") from None
         except (ValueError, OSError, RuntimeError, KeyError) as error:
-            said = re.sub(r"\s*\[[^\]]*(?:body|source|headers)[^\]]*\].*", "", str(error), flags=re.DOTALL)[:300]
+            said = re.sub(r"\s*\[[^\]]*(?:body|source|headers)[^\]]*\].*", "", str(error), flags=re.DOTALL)[
+                :300
+            ]
             lasting = said.startswith(OURS)
             raise StoreError(f"did not {what}: {said}", lasting=lasting) from error
 

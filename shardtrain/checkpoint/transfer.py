@@ -91,7 +91,7 @@ def upload(
             if not _whole(store, there, part, stream.read(1)):
                 raise StoreError(f"did not keep all of {there}/{part.key}")
 
-    known = set(store.keys(f"{there}/"))
+    known = set(store.names(f"{there}/"))
     _each(send, [part for part in parts if commit.writer(part.file) == process])
     if process:
         return None
@@ -118,7 +118,7 @@ def _whole(store: Store, there: str, part: Part, last: bytes) -> bool:
 def _wait_for_others(store: Store, there: str, parts: list[Part], wanted: Callable[[], bool]) -> None:
     names = {f"{there}/{part.key}" for part in parts}
     missing, since = names, time.monotonic()
-    while left := names - set(store.keys(f"{there}/")):
+    while left := names - set(store.names(f"{there}/")):
         if len(left) < len(missing):
             missing, since = left, time.monotonic()
         if time.monotonic() - since > PATIENCE or not wanted():
@@ -212,7 +212,7 @@ def remove_unnamed(store: Store, content: Mapping[str, Any], step: int, busy: It
     """
     named = {entry["place"] for kind in ("steps", "aside") for entry in content[kind].values()} | set(busy)
     gone = []
-    for key in store.keys():
+    for key in store.names():
         found = head.PLACE.fullmatch(key.partition("/")[0])
         if found and found[0] not in named and int(found[1]) <= step:
             gone.append(key)

@@ -47,7 +47,7 @@ def train(config: Any, notes: list[str], *, fresh: bool, quiet: bool) -> tuple[i
     fresh = fresh and not started_again()  # what a restart finds there is this run
     run = train_config(config, fresh=fresh, say=shell.say, quiet=quiet and not sys.stderr.isatty())
     code = {"interrupted": shell.DONE, "preempted": shell.INTERRUPTED}.get(run.stopped, shell.DONE)
-    if config.durable and run.durable != run.step and code == shell.DONE:
+    if config.durable and run.durable != run.step and run.stopped in ("done", "data ended"):
         code = shell.FAILED  # launchers start it again, and a start sends what the store has not
         shell.say(
             f"step {run.step} is in {run.path} alone; newest in {config.durable}: "

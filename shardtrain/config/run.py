@@ -62,7 +62,7 @@ def train(
     refuse_if_held(path / "checkpoints")
     old = None if fresh else _saved(path)
     if config.durable:
-        refuse_if_taken(config.durable, path.absolute() / "checkpoints")
+        refuse_if_taken(config.durable, path / "checkpoints")
         old = _from_store(config, fresh) or old
     if old is not None:
         config = resume_config(old, config, path)
@@ -85,8 +85,8 @@ def train(
             memory = step.memory()
             started.update(plan=str(made), memory=memory, collectives=str(step.collectives()))
             say(f"{made}\n\n{memory}\n")
-            if old is None:
-                write_config(path, dataclasses.replace(config, groups=made.groups))
+            if not (path / "config.json").exists():
+                _write_config(path, dataclasses.replace(config, groups=made.groups))
 
         writers = []
         if config.monitor.wandb and jax.process_index() == 0:
@@ -174,7 +174,9 @@ def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path | str) -> R
 def stored(url: str) -> RunConfig | None:
     """The config of the run in a store, with its groups; None where nothing is committed."""
     found = newest_durable(url)
-    return found and dataclasses.replace(from_json(found["config"], where=url), groups=found["groups"])
+    if found is None:
+        return None
+    return dataclasses.replace(from_json(found["config"], where=url), groups=found["groups"])
 
 
 def _from_store(config: RunConfig, fresh: bool) -> RunConfig | None:
@@ -218,8 +220,7 @@ def _set_aside(path: pathlib.Path) -> None:
         path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"))
 
 
-def write_config(path: pathlib.Path, config: RunConfig) -> None:
-    """`config.json` of a run's folder, whole or not at all."""
+def _write_config(path: pathlib.Path, config: RunConfig) -> None:
     if jax.process_index() == 0:
         data = to_json(config)
         assert from_json(data) == config, "a config must survive its JSON"

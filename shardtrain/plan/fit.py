@@ -203,7 +203,9 @@ def fit_plan(
     """`fit` of a plan that is made already; its arguments as there."""
     path = None if output is None else pathlib.Path(output)
     if path is None and durable:
-        raise ConfigError("a store without a folder", where="durable", fix="output=..., which it is copied from")
+        raise ConfigError(
+            "a store without a folder", where="durable", fix="output=..., which it is copied from"
+        )
     if path is None and made.guard is not None and made.guard.on_bad == "rewind":
         raise ConfigError("'rewind' without a folder", where="guard.on_bad", fix="output=..., or 'skip'")
     with contextlib.ExitStack() as stack:
