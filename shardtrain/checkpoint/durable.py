@@ -208,7 +208,7 @@ class Durable:
             if entry is not None:
                 self._commit(step, entry)
                 self._behind = ""
-        except (OSError, ValueError, CheckpointError) as error:
+        except Exception as error:
             self._behind = self._behind or started
             newest = f"step {self.newest}" if self.newest is not None else "none"
             log.warning(

@@ -91,7 +91,7 @@ def upload(
             if not _whole(store, there, part, stream.read(1)):
                 raise StoreError(f"did not keep all of {there}/{part.key}")
 
-    known = set(store.names(f"{there}/"))
+    known = set(store.names(f"{there}/")) if wanted() else set()
     _each(send, [part for part in parts if commit.writer(part.file) == process])
     if process:
         return None

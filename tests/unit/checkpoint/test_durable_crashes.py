@@ -4,24 +4,19 @@ import itertools
 import shutil
 
 import pytest
-from checkpoint_fakes import FakePlan, at_step, mesh_of
+from checkpoint_fakes import files, make_step
 
-from shardtrain.checkpoint import Checkpointer, folder, head, store
+from shardtrain.checkpoint import folder, head, store
 from shardtrain.checkpoint.durable import Durable
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with steps 1 and 2."""
-    path, plan = tmp_path_factory.mktemp("saved"), FakePlan(mesh_of(one=1))
-    with Checkpointer(path) as checkpointer:
-        for step in (1, 2):
-            checkpointer.save(at_step(plan.init(step), step), force=True)
+    path = tmp_path_factory.mktemp("saved")
+    for step in (1, 2):
+        make_step(path, step)
     return path
-
-
-def content(path):
-    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def leave(run):
@@ -76,7 +71,7 @@ def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
         step = other.fetch(None)
         assert step == 2 if believed == 2 else step in (1, 2), (k, step, believed)
         folder.publish(there, step)
-        assert content(there / str(step)) == content(saved / str(step)), k
+        assert files(there / str(step)) == files(saved / str(step)), k
         other.close()
         shutil.rmtree(there)
         again = Durable(url, saved, 1, None)
