@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from shardtrain.errors import CheckpointError
+from shardtrain.errors import CheckpointError, RunError
 
 TEXT = 1024  # bytes of a message that travels
 
@@ -19,6 +19,11 @@ def number(mine: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+
+
+def text(mine: str) -> str:
+    """Process 0's text."""
+    return complaint(mine if jax.process_index() == 0 else "")
 
 
 def complaint(mine: str) -> str:
@@ -42,11 +47,15 @@ def on_first[T](action: Callable[[], T]) -> T | None:
     if jax.process_index() == 0:
         try:
             result = action()
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, RunError) as error:
             failure = error
-    told = complaint("" if failure is None else str(failure))
+    kind = RunError if isinstance(failure, RunError) else CheckpointError
+    told = complaint("" if failure is None else f"{kind.__name__} {failure}")
     if failure is not None:
         raise failure
     if told:
-        raise CheckpointError("process 0 could not go on", why=told, fix="see there")
+        name, _, said = told.partition(" ")
+        raise (RunError if name == RunError.__name__ else CheckpointError)(
+            "process 0 could not go on", why=said, fix="see there"
+        )
     return result

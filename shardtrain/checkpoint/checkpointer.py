@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import itertools
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 
 from shardtrain.checkpoint import agreement, commit, folder, intact, manifest
+from shardtrain.checkpoint.durable import Durable
 from shardtrain.checkpoint.lock import Lock
 from shardtrain.checkpoint.preemption import Preemption
 from shardtrain.checkpoint.restore import Plan, choose, first_line, read_state
@@ -44,10 +46,13 @@ class Checkpointer:
         every: save when the step is a multiple of this; None saves only when forced or preempted.
         keep: how many of the newest steps to keep; None keeps all.
         keep_every: also keep every step that is a multiple of this.
+        durable: URL of a folder in an object store (`gs://BUCKET/FOLDER`, `s3://BUCKET/FOLDER`), where every step is copied
+            once it is on disk, and where a start takes what `path` has not. One run has it at a time, too.
         config: JSON-able, written beside every checkpoint.
 
     Raises:
-        CheckpointError: the folder cannot be written, or `config` is no JSON; on entering, it is another run's.
+        CheckpointError: the folder cannot be written, or `config` is no JSON; on entering, it or the store is another
+            run's. RunError: on entering, the store does not answer.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Checkpointer:
         every: int | None = None,
         keep: int | None = 2,
         keep_every: int | None = None,
+        durable: str = "",
         config: Mapping[str, Any] | None = None,
     ):
         for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
@@ -66,6 +72,7 @@ class Checkpointer:
         self.path = folder.local(path)
         self.every, self.keep, self.keep_every, self.config = every, keep, keep_every, config
         self.restored: dict[str, Any] | None = None  # manifest of the step that restore read
+        self._durable = Durable(durable, self.path, keep, keep_every) if durable else None
         folder.claim(self.path)
         self._preemption = Preemption()
         self._preempted = self._answered = False  # what the last save() was told; whether it was read since
@@ -107,13 +114,19 @@ class Checkpointer:
         """
         self.wait()
         self._open()
-        newest, damaged = intact.newest(self.path)
+        newest, damaged = intact.found(self.path)
+        brought = self._durable.fetch(newest) if self._durable else None
+        newest = newest if brought is None else brought
+        if newest is None and damaged:
+            intact.refuse(self.path, damaged)
         for step, why in damaged.items():
             aside = folder.set_aside(self.path, step) if jax.process_index() == 0 else self.path
             log.error(
                 "checkpoint %s/%d is damaged: %s; going on from step %d, the newest that is intact; moved to %s",
                 *(self.path, step, why, newest, aside.name),
             )
+        if brought is not None:
+            agreement.on_first(lambda: folder.publish(self.path, brought))
         if newest is None:
             self._plan = plan.describe()
             self._count, self._checked = 0, False
@@ -145,6 +158,8 @@ class Checkpointer:
         self._count = self._origin = self._begun = self._committed = None
         if parts is None:
             self._count = self._origin = self._begun = self._committed = self.restored["step"]
+            if self._durable is not None:
+                self._durable.goes_on(self.restored["step"])
         return state
 
     def save(
@@ -205,6 +220,10 @@ class Checkpointer:
         """The newest step on disk; a save under way is not there yet."""
         return max(self.steps(), default=None)
 
+    def durable_step(self) -> int | None:
+        """The newest step in the store, on process 0 and as far as it knows."""
+        return self._durable.newest if self._durable else None
+
     def steps(self) -> list[int]:
         """Steps on disk, ascending."""
         return folder.steps(self.path)
@@ -224,13 +243,15 @@ class Checkpointer:
             raise _not_written(self.path, failure) from failure
 
     def close(self) -> None:
-        """Wait for the save under way, and let others write in the folder. Leaving the `with` block does this."""
-        try:
-            self.wait()
-        finally:
-            self._opened = False
+        """Wait for the save under way, and for the store if there is one (bounded: one that fails is told and left), and
+        let others write. Leaving the `with` block does this."""
+        with contextlib.ExitStack() as stack:
             if self._lock is not None:
-                self._lock.release()
+                stack.callback(self._lock.release)
+            if self._durable is not None:
+                stack.callback(self._durable.close)
+            self._opened = False
+            self.wait()
 
     def _open(self) -> None:
         """Become the writer: take the lock, remove what a crash left, and load Orbax now rather than in a step."""
@@ -242,11 +263,21 @@ class Checkpointer:
                 return lock
 
             self._lock = agreement.on_first(take)
+            if self._durable is not None:
+                try:
+                    self._durable.open()
+                except BaseException:
+                    if self._lock is not None:
+                        self._lock.release()
+                    raise
             importlib.import_module("shardtrain.checkpoint.arrays")
             self._opened = True
 
     def _check_folder(self) -> None:
         newer = [step for step in self.steps() if self._origin is None or step > self._origin]
+        if self._durable is not None:
+            self._open()
+            self._durable.refuse_older(self._count or 0, self._origin)
         if self._origin is None and newer and newer[-1] > (self._count or 0):
             raise CheckpointError(
                 f"the folder holds step {newer[-1]}, and this run is at step {self._count}",
@@ -294,16 +325,23 @@ class Checkpointer:
             raise _not_written(place, error) from error
         superseded, self._superseded = self._superseded, []
         self._begun = step
+        sent = self._durable is not None and self._durable.takes(force)
         self._thread = threading.Thread(
             target=self._commit,
-            args=(pending, step, content, superseded, f"commit-{next(_commits)}"),
+            args=(pending, step, content, superseded, f"commit-{next(_commits)}", sent),
             name=f"checkpoint-{step}",
         )
         self._thread.start()
         return True
 
     def _commit(
-        self, pending: Any, step: int, content: dict[str, Any], superseded: list[int], meeting: str
+        self,
+        pending: Any,
+        step: int,
+        content: dict[str, Any],
+        superseded: list[int],
+        meeting: str,
+        sent: bool,
     ) -> None:
         """In the background: wait for Orbax, write the manifest, move the step into place."""
         from shardtrain.checkpoint import arrays
@@ -340,6 +378,8 @@ class Checkpointer:
             failure = failure or error
         if failure is None:
             self._committed = step
+            if sent and self._durable is not None:
+                self._durable.put(step)
             if process == 0:
                 self._retain(step)
         self._failure = failure
@@ -351,7 +391,8 @@ class Checkpointer:
             whole = [
                 s for s in self.steps() if s == step or not intact.problems_of(self.path, s, contents=False)
             ]
-            folder.retain(self.path, whole, self.keep, self.keep_every)
+            needed = self._durable.sending() if self._durable else set()
+            folder.retain(self.path, whole, self.keep, self.keep_every, needed)
         except (OSError, CheckpointError) as error:
             warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=1)
 

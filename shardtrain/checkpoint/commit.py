@@ -17,7 +17,7 @@ def record(place: Path, process: int) -> None:
 
     Another host's cache can neither be synced nor read by process 0 alone.
     """
-    sizes = {n: size for n, size in folder.files(place).items() if _writer(n) == process}
+    sizes = {n: size for n, size in folder.files(place).items() if writer(n) == process}
     found = {"sizes": sizes, "digests": _synced(place, sizes)}
     folder.write_synced(_left(place, process), json.dumps(found))
 
@@ -54,7 +54,7 @@ def _synced(place: Path, sizes: dict[str, int]) -> dict[str, list[str]]:
         return found.result()
 
 
-def _writer(name: str) -> int:
+def writer(name: str) -> int:
     """Of a file in `ocdbt.process_3/`, or named `process_3`: 3. Of all else process 0 takes care."""
     found = re.search(r"(?:^|[./])process_(\d+)(?:/|$)", name)
     return int(found[1]) if found else 0

@@ -36,6 +36,11 @@ def of_files(place: Path, sizes: Mapping[str, int]) -> dict[str, list[str]]:
     return result
 
 
+def of(data: bytes) -> str:
+    """The digest of a chunk that is in memory."""
+    return f"{crc32(data):08x}"
+
+
 def differences(place: Path, sizes: Mapping[str, int], digests: Mapping[str, list[str]]) -> list[str]:
     """What is wrong with the contents of files that have their sizes, a sentence each."""
     try:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def local(path: str | os.PathLike[str]) -> Path:
     """
     if "://" in str(path):
         raise CheckpointError(
-            "checkpoints go to a local or shared file system",
+            "a run writes to a local or shared file system, and from there to a store",
             where=str(path),
-            fix="mount the store as a folder, and give its path",
+            fix="a folder here, and the URL as `durable`",
         )
     return Path(os.path.abspath(os.path.expanduser(path)))
 
@@ -135,12 +135,14 @@ def set_aside(path: Path, step: int) -> Path:
     return target
 
 
-def retain(path: Path, whole: list[int], keep: int | None, keep_every: int | None) -> None:
-    """Keep the newest `keep` of the steps `whole`, and every multiple of `keep_every`."""
+def retain(
+    path: Path, whole: list[int], keep: int | None, keep_every: int | None, needed: Collection[int] = ()
+) -> None:
+    """Keep the newest `keep` of the steps `whole`, every multiple of `keep_every`, and what is `needed` for now."""
     if keep is None:
         return
     for step in whole[:-keep]:
-        if not keep_every or step % keep_every:
+        if step not in needed and (not keep_every or step % keep_every):
             retire(path, step)
 
 

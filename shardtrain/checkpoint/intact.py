@@ -5,27 +5,30 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
-from shardtrain.checkpoint import agreement, digests, folder, manifest
+from shardtrain.checkpoint import agreement, digests, folder, manifest, remote
 from shardtrain.checkpoint.listing import steps_of
+from shardtrain.checkpoint.store import is_url
 from shardtrain.errors import CheckpointError
 
 log = logging.getLogger("shardtrain")
 
 
 def verify(path: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
-    """Check every byte of the steps in a folder of checkpoints (or in the `checkpoints` of a run).
+    """Check every byte of the steps in a folder of checkpoints (or in the `checkpoints` of a run, or in a store by its URL).
 
     Returns:
         `path`, and `steps`: for each `step, committed, intact, problems` (sentences). A save under way, or left by
         a crash, has `committed` false.
 
     Raises:
-        CheckpointError: no such folder, or no (such) step in it.
+        CheckpointError: no such folder, or no (such) step in it. RunError: a store gives no answer.
     """
+    if is_url(path):
+        return remote.verify(str(path), step)
     place, there = steps_of(path, step)
     entries: list[dict[str, Any]] = []
     for number in there if step is None else [step]:
@@ -91,21 +94,32 @@ def newest(path: Path) -> tuple[int | None, dict[int, str]]:
     Raises:
         CheckpointError: there are steps, and none is intact.
     """
+    step, damaged = found(path)
+    if step is None and damaged:
+        refuse(path, damaged)
+    return step, damaged
+
+
+def found(path: Path) -> tuple[int | None, dict[int, str]]:
+    """`newest`, for those who know another place to look."""
     damaged: dict[int, str] = {}
     below: int | None = None
     while (step := _newest_below(path, below)) is not None:
-        if not (found := _agreed(path, step)):
+        if not (why := _agreed(path, step)):
             return step, damaged
-        damaged[step] = found
+        damaged[step] = why
         below = step
-    if damaged:
-        raise CheckpointError(
-            f"none of the {len(damaged)} checkpoints here is intact",
-            where=str(path),
-            why="\n  ".join(f"step {step}: {why}" for step, why in damaged.items()),
-            fix="copy one anew from where it came from, or start in another folder",
-        )
-    return None, {}
+    return None, damaged
+
+
+def refuse(path: Path, damaged: dict[int, str]) -> NoReturn:
+    """Raise over steps none of which is intact."""
+    raise CheckpointError(
+        f"none of the {len(damaged)} checkpoints here is intact",
+        where=str(path),
+        why="\n  ".join(f"step {step}: {why}" for step, why in damaged.items()),
+        fix="copy one anew from where it came from, or start in another folder",
+    )
 
 
 def _agreed(path: Path, step: int) -> str:

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shardtrain.checkpoint import folder, manifest
+from shardtrain.checkpoint import folder, manifest, remote
+from shardtrain.checkpoint.store import is_url
 from shardtrain.errors import CheckpointError
 
 
 def list_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The steps in a folder of checkpoints (or in the `checkpoints` of a run), ascending.
+    """The steps in a folder of checkpoints (or in the `checkpoints` of a run, or in a store by its URL), ascending.
 
     Returns:
         For each `step, committed, bytes` (on disk), and where its manifest can be read `time` (UTC), `mesh`
@@ -19,8 +20,10 @@ def list_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         is listed with `committed` false.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such folder. RunError: a store gives no answer.
     """
+    if is_url(path):
+        return remote.list_steps(str(path))
     place = place_of(path)
     found: list[dict[str, Any]] = []
     for step in folder.steps(place):
@@ -46,8 +49,10 @@ def inspect(path: str | os.PathLike[str], step: int | None = None) -> dict[str, 
         `shape, dtype, spec`), `config, extra, files` (name to bytes), and what the plan told of itself.
 
     Raises:
-        CheckpointError: there is no such step, or its manifest is damaged.
+        CheckpointError: there is no such step, or its manifest is damaged. RunError: a store gives no answer.
     """
+    if is_url(path):
+        return remote.inspect(str(path), step)
     place, found = steps_of(path, step)
     step = found[-1] if step is None else step
     target = folder.step_folder(place, step)

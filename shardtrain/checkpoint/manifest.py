@@ -116,6 +116,20 @@ def seal(content: Mapping[str, Any]) -> str:
     return f'{body[:-1]}, "digest": "{_digest(body)}"}}\n'
 
 
+def unseal(text: str) -> dict[str, Any]:
+    """What `seal` was given.
+
+    Raises:
+        ValueError: not JSON, or not what was written.
+    """
+    content = json.loads(text)
+    sealed = re.fullmatch(r'(.*), "digest": "([0-9a-f]{64})"}\n', text, re.DOTALL)
+    if not isinstance(content, dict) or sealed is None or _digest(sealed[1] + "}") != sealed[2]:
+        raise ValueError("it is not what was written: its digest differs")
+    del content["digest"]
+    return content
+
+
 def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
@@ -128,25 +142,42 @@ def read(path: Path, step: int) -> dict[str, Any]:
     """
     file = folder.step_folder(path, step) / folder.MANIFEST
     try:
-        text = file.read_bytes().decode()
+        return parse(file.read_bytes(), step, str(file.parent))
+    except OSError as error:
+        why = f"{file.name} cannot be read: {error.strerror or error}"
+        raise damaged(path, step, why) from error
+    except ValueError as error:
+        raise damaged(path, step, str(error)) from error
+
+
+def parse(data: bytes, step: int, where: str) -> dict[str, Any]:
+    """The manifest of a step from its bytes.
+
+    Raises:
+        ValueError: damaged, in a sentence. CheckpointError: written by a newer shardtrain.
+    """
+    name = folder.MANIFEST
+    try:
+        text = data.decode()
         content = json.loads(text)
         if not isinstance(content, dict) or not {"format", "step", "tree", "files"} <= content.keys():
             raise ValueError("not a manifest")
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise damaged(path, step, f"{file.name} cannot be read: {why}") from error
-    sealed = re.fullmatch(r'(.*), "digest": "([0-9a-f]{64})"}\n', text, re.DOTALL)
-    if content["format"] != 1 and (sealed is None or _digest(sealed[1] + "}") != sealed[2]):
-        raise damaged(path, step, f"{file.name} is not what was written: its digest differs")
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    if content["format"] != 1:
+        try:
+            unseal(text)
+        except ValueError:
+            raise ValueError(f"{name} is not what was written: its digest differs") from None
     if content["format"] > FORMAT:
         raise CheckpointError(
             f"format {content['format']} is newer than this shardtrain, which reads up to {FORMAT}",
-            where=str(file.parent),
+            where=where,
             why=f"written by shardtrain {content.get('versions', {}).get('shardtrain', '?')}",
             fix="upgrade shardtrain",
         )
     if content["step"] != step:
-        raise damaged(path, step, f"{file.name} is that of step {content['step']}")
+        raise ValueError(f"{name} is that of step {content['step']}")
     return content
 
 

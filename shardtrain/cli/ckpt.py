@@ -1,7 +1,8 @@
-"""A folder of checkpoints (or a run): `ls` lists the steps, `inspect` shows one, `verify` reads every byte.
+"""A folder of checkpoints (or a run, or a store's URL): `ls` lists the steps, `inspect` shows one, `verify` reads every byte.
 
 shardtrain ckpt ls runs/gpt-tiny
 shardtrain ckpt inspect runs/gpt-tiny --step 200
+shardtrain ckpt ls gs://BUCKET/gpt-tiny
 shardtrain ckpt verify runs/gpt-tiny      exit 1 if a step is not what was written
 """
 
@@ -16,7 +17,7 @@ from shardtrain.tree import bytes_text, table
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["ls", "inspect", "verify"])
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="or gs://BUCKET/FOLDER, s3://BUCKET/FOLDER")
     parser.add_argument("--step", type=int, help="default: the newest; of verify: all")
 
 

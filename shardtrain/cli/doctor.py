@@ -13,7 +13,7 @@ from shardtrain.cli import shell
 from shardtrain.tree import table
 
 _PACKAGES = (
-    "shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers",
+    "shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy", "tokenizers",
     "tyro", "rich", "tensorboardX", "wandb", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin",
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     devices = jax.devices()
     packages = {name: _version(name) for name in _PACKAGES}
-    problems = [f"{n} is not installed" for n in _PACKAGES[:12] if packages[n] is None and n != "shardtrain"]
+    problems = [f"{n} is not installed" for n in _PACKAGES[:13] if packages[n] is None and n != "shardtrain"]
     if shutil.disk_usage(os.getcwd()).free < 2**30:
         problems.append(f"less than 1 GiB free in {os.getcwd()}")
     if devices[0].platform == "cpu" and _accelerator_files():

@@ -47,6 +47,12 @@ def train(config: Any, notes: list[str], *, fresh: bool, quiet: bool) -> tuple[i
     fresh = fresh and not started_again()  # what a restart finds there is this run
     run = train_config(config, fresh=fresh, say=shell.say, quiet=quiet and not sys.stderr.isatty())
     code = {"interrupted": shell.DONE, "preempted": shell.INTERRUPTED}.get(run.stopped, shell.DONE)
+    if config.durable and run.durable != run.step and run.stopped in ("done", "data ended"):
+        code = shell.FAILED  # launchers start it again, and a start sends what the store has not
+        shell.say(
+            f"step {run.step} is in {run.path} alone; newest in {config.durable}: "
+            f"{'none' if run.durable is None else f'step {run.durable}'}; the same command tries again"
+        )
     last = run.history[-1] if run.history else {}
     evaluation = run.evaluations[-1] if run.evaluations else {}
     return code, {
@@ -61,6 +67,7 @@ def train(config: Any, notes: list[str], *, fresh: bool, quiet: bool) -> tuple[i
         "rules": run.plan.rules.name,
         "groups": run.plan.groups,
         "checkpoint": str(run.path / "checkpoints" / str(run.step)) if run.path else None,
+        "durable": {"url": config.durable, "step": run.durable} if config.durable else None,
         "resumed_from": run.resumed_from,
         "stopped": run.stopped,
         "skipped": sum(bool(row.get("skipped")) for row in run.history),

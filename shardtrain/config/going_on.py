@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardtrain.checkpoint import inspect, newest_intact, versions
+from shardtrain.checkpoint import inspect, newest_durable, newest_intact, versions
 from shardtrain.config.build import build, build_mesh, make_plan
 from shardtrain.config.load import load_config
 from shardtrain.config.resolve import device_count, resolve
-from shardtrain.config.run import resume_config
+from shardtrain.config.run import resume_config, stored
 from shardtrain.config.schema import MeshSizes, RunConfig
 from shardtrain.errors import CheckpointError, ConfigError
 from shardtrain.mesh import Target
@@ -33,29 +34,48 @@ REDUCTIONS: Mapping[str, str] = {
 
 
 def resumed(run: str, flags: Sequence[str], devices: str = "") -> tuple[RunConfig, list[str]]:
-    """The config of a run with flags laid over it, on the devices that are left, and lines to say.
+    """The config of a run with flags laid over it, on the devices that are left, and lines to say. Of a run that has no
+    folder here yet, from the store that `--durable` names.
 
     Args:
         devices: a number of them, or what `RunConfig.devices` takes; default: as the run had.
 
     Raises:
-        ConfigError: not a run, or the flags change what is trained.
+        ConfigError: not a run, or the flags change what is trained. And what a store raises that cannot be read.
     """
     path = pathlib.Path(run)
-    if not (path / "config.json").is_file():
-        raise ConfigError("no config.json here, so no run", where=run, fix="the --output of a run")
-    old = load_config(str(path))
+    old = _config(path, _flag(flags, "--durable"))
     count = re.fullmatch(r"(?:cpu:)?(\d+)", devices)
     if devices.isdigit():
         devices = f"cpu:{devices}" if old.devices.startswith("cpu") else old.devices
     given = [*flags, *(["--devices", devices] if devices else []), "--output", run]
     named = any(flag.startswith("--mesh.") for flag in flags)
-    new, notes = resolve(run, given, int(count[1]) if count else None)
+    new, notes = resolve(old, given, int(count[1]) if count else None)
     if count and not named and device_count(new) != int(count[1]):
         new = fit_devices(new, int(count[1]))
         sizes = " ".join(f"{a}={n}" for a, n in dataclasses.asdict(new.mesh).items() if n > 1) or "one device"
         notes.append(f"mesh: {sizes} for {count[1]} devices; --mesh.AXIS N decides otherwise")
     return resume_config(old, new, path), notes
+
+
+def _config(path: pathlib.Path, url: str) -> RunConfig:
+    if (path / "config.json").is_file():
+        return load_config(str(path))
+    if not url or (old := stored(url)) is None:
+        raise ConfigError(
+            "no config.json here, so no run",
+            where=str(path),
+            why=f"and no checkpoint in {url}" if url else "",
+            fix="the --output of a run; or --durable URL, where its checkpoints are",
+        )
+    return old
+
+
+def _flag(flags: Sequence[str], name: str) -> str:
+    """The value of a flag among others; empty without."""
+    joined = [flag.partition("=")[2] for flag in flags if flag.startswith(f"{name}=")]
+    apart = [value for flag, value in itertools.pairwise(flags) if flag == name]
+    return (joined + apart or [""])[-1]
 
 
 def fit_devices(config: RunConfig, count: int) -> RunConfig:
@@ -74,7 +94,8 @@ def fit_devices(config: RunConfig, count: int) -> RunConfig:
 
 
 def dry_run(run: str, new: RunConfig) -> dict[str, Any]:
-    """What would go on, from where, and what of it is exact. Starts no device but this process's CPU.
+    """What would go on, from where, and what of it is exact. Starts no device but this process's CPU. Of a step that a store
+    alone has, only the manifest is read.
 
     Returns:
         `run, step, damaged, cursor, mesh, groups, microbatches, global_batch, identical, close, bit_for_bit`;
@@ -85,11 +106,16 @@ def dry_run(run: str, new: RunConfig) -> dict[str, Any]:
     """
     place = pathlib.Path(run).absolute() / "checkpoints"
     step, damaged = newest_intact(place)
-    if step is None:
+    there = newest_durable(new.durable) if new.durable else None
+    if step is None and there is None:
         raise CheckpointError(
             "no checkpoint yet", where=str(place), fix="the run starts at step 0: without --dry-run"
         )
-    found, old = inspect(place, step), load_config(run)
+    old = _config(pathlib.Path(run), new.durable)
+    if there is None or (step is not None and step >= there["step"]):
+        found = inspect(place, step)
+    else:
+        found, step = there, there["step"]
     if (count := device_count(new)) is None:
         raise ConfigError("the mesh has a free axis", where=run, fix="--devices N")
     made = make_plan(new, build(new, build_mesh(new, Target(f"cpu:{count}"))), found["groups"])

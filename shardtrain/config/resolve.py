@@ -11,8 +11,10 @@ from shardtrain.config.overrides import apply_overrides, fit_mesh
 from shardtrain.config.schema import RunConfig
 
 
-def resolve(name: str, flags: Sequence[str], devices: int | None = None) -> tuple[RunConfig, list[str]]:
-    """The config `name` with environment variables and flags laid over it.
+def resolve(
+    name: str | RunConfig, flags: Sequence[str], devices: int | None = None
+) -> tuple[RunConfig, list[str]]:
+    """The config `name`, or the one given, with environment variables and flags laid over it.
 
     Args:
         devices: how many there are; default: those that the config simulates.
@@ -20,7 +22,7 @@ def resolve(name: str, flags: Sequence[str], devices: int | None = None) -> tupl
     Returns:
         The config, and lines to say about what was decided.
     """
-    config, named = apply_overrides(load_config(name), flags)
+    config, named = apply_overrides(load_config(name) if isinstance(name, str) else name, flags)
     simulated = re.fullmatch(r"cpu:(\d+)", config.devices)
     notes = []
     count = devices or (int(simulated.group(1)) if simulated else None)

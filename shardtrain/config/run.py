@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from shardtrain.checkpoint import refuse_if_held
+from shardtrain.checkpoint import newest_durable, refuse_if_held, refuse_if_taken
 from shardtrain.config.build import Pieces, build, make_plan
 from shardtrain.config.load import difference, from_json, load_config, to_json
 from shardtrain.config.schema import LAYOUT_FIELDS, RunConfig
@@ -53,13 +53,17 @@ def train(
         say: takes lines for people. quiet: no progress.
 
     Raises:
-        ConfigError: the folder holds a run that trains something else, or cannot be written.
+        ConfigError: the folder or the store holds a run that trains something else, or cannot be written.
         CheckpointError: another process is training in it.
+        RunError: the store does not answer.
     """
     _same_config(config)
     path = pathlib.Path(config.output)
     refuse_if_held(path / "checkpoints")
     old = None if fresh else _saved(path)
+    if config.durable:
+        refuse_if_taken(config.durable, path / "checkpoints")
+        old = _from_store(config, fresh) or old
     if old is not None:
         config = resume_config(old, config, path)
     pieces = build(config)
@@ -81,7 +85,7 @@ def train(
             memory = step.memory()
             started.update(plan=str(made), memory=memory, collectives=str(step.collectives()))
             say(f"{made}\n\n{memory}\n")
-            if old is None:
+            if not (path / "config.json").exists():
                 _write_config(path, dataclasses.replace(config, groups=made.groups))
 
         writers = []
@@ -100,6 +104,7 @@ def train(
             output=path,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
+            durable=config.durable,
             replica_check_every=config.replica_check_every,
             config=to_json(config),
             writers=writers,
@@ -145,7 +150,7 @@ def _same_config(config: RunConfig) -> None:
         )
 
 
-def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConfig:
+def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path | str) -> RunConfig:
     """The new config with the old run's groups, if both train the same thing (`--groups` counts at the start only).
 
     Raises:
@@ -164,6 +169,28 @@ def resume_config(old: RunConfig, new: RunConfig, path: pathlib.Path) -> RunConf
             fix="another --output, or --fresh to move the old run aside",
         )
     return dataclasses.replace(new, groups=old.groups)
+
+
+def stored(url: str) -> RunConfig | None:
+    """The config of the run in a store, with its groups; None where nothing is committed."""
+    found = newest_durable(url)
+    if found is None:
+        return None
+    return dataclasses.replace(from_json(found["config"], where=url), groups=found["groups"])
+
+
+def _from_store(config: RunConfig, fresh: bool) -> RunConfig | None:
+    """Raises:
+    ConfigError: a fresh run, and the store is not empty; or a run that trains something else.
+    """
+    if (old := stored(config.durable)) is None:
+        return None
+    if fresh:
+        raise ConfigError(
+            "the store holds checkpoints", where=config.durable, fix="another --durable; or without --fresh"
+        )
+    resume_config(old, config, config.durable)
+    return old
 
 
 def _saved(path: pathlib.Path) -> RunConfig | None:

@@ -148,7 +148,9 @@ class RunConfig:
     weight by less than a 256th of it may not move it.
     `schedule`: of a pipeline, where the mesh has stages: gpipe, 1f1b, interleaved:V or zb.
     `guard`: what becomes of steps whose loss or gradient is not finite, or a spike; off: the run stops after one that is
-    not finite. `replica_check_every`: steps between comparisons of what several devices hold the same of, 0 for never.
+    not finite. `durable`: URL of a folder in an object store (`gs://BUCKET/FOLDER`, `s3://BUCKET/FOLDER`) that checkpoints are
+    copied to, and taken from where `output` has none. `replica_check_every`: steps between comparisons of what several
+    devices hold the same of, 0 for never.
     """
 
     model: GPTConfig | LlamaConfig | MoEConfig | Custom
@@ -173,6 +175,7 @@ class RunConfig:
     eval_rows: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    durable: str = ""
     monitor: Monitor = Monitor()
     guard: Guard = NO_GUARD
     replica_check_every: int = 0
@@ -194,6 +197,7 @@ LAYOUT_FIELDS = (
     "output",
     "monitor",
     "keep",
+    "durable",
 )
 """Fields that say where and how a run goes, not what it trains: they may change on resume.
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from shardtrain.checkpoint import Checkpointer, faults, inspect, list_steps
+from shardtrain.checkpoint import Checkpointer, faults, inspect, list_steps, newest_durable
 from shardtrain.data import as_loader, prefetch
 from shardtrain.errors import CheckpointError, ConfigError
 from shardtrain.launch.record import started_again
@@ -45,7 +45,8 @@ class Run:
 
     `state`: the trained state. `model`: the user's model with it. `history`: a dict of metrics per
     step. `evaluations`: a dict per evaluation. `path`: the run's folder, None without one.
-    `stopped`: done, interrupted, preempted or "data ended". `resumed_from`: a step, or None.
+    `stopped`: done, interrupted, preempted or "data ended". `resumed_from`: a step, or None. `durable`: the newest step in the
+    store, None without.
     """
 
     state: TrainState
@@ -57,6 +58,7 @@ class Run:
     stopped: Stopped
     resumed_from: int | None
     plan: Plan
+    durable: int | None
     step_seconds: float | None
     tokens_per_second: float | None
     mfu: float | None
@@ -90,6 +92,7 @@ def fit(
     output: str | pathlib.Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
+    durable: str = "",
     replica_check_every: int = 0,
     config: dict[str, Any] | None = None,
     writers: Sequence[Any] = (),
@@ -114,6 +117,7 @@ def fit(
             module is told by its call, such as `model(batch["x"], train=False)`.
         output: folder of the run: metrics.jsonl, checkpoints/, tensorboard/. None writes nothing.
         checkpoint_every: steps; one is written at the end anyway. keep: how many of them.
+        durable: URL of an object store that gets them too, see `st.Checkpointer`.
         replica_check_every: steps between comparisons of replicas of the state, 0 for never; see `train.replicas`.
         config: JSON kept beside each checkpoint.
         writers: further `monitor.Writer`s. hooks: `train.hooks.Hook`s or functions `(step, metrics)`.
@@ -128,7 +132,7 @@ def fit(
     """
     loader = as_loader(data)
     if groups is None and output is not None:
-        groups = _saved_groups(pathlib.Path(output) / "checkpoints")
+        groups = _saved_groups(pathlib.Path(output) / "checkpoints", durable)
         microbatches = 1 if groups else microbatches
     made = plan(
         model,
@@ -161,6 +165,7 @@ def fit(
         output=output,
         checkpoint_every=checkpoint_every,
         keep=keep,
+        durable=durable,
         replica_check_every=replica_check_every,
         config=config,
         writers=writers,
@@ -185,6 +190,7 @@ def fit_plan(
     output: str | pathlib.Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
+    durable: str = "",
     replica_check_every: int = 0,
     config: dict[str, Any] | None = None,
     writers: Sequence[Any] = (),
@@ -196,13 +202,23 @@ def fit_plan(
 ) -> Run:
     """`fit` of a plan that is made already; its arguments as there."""
     path = None if output is None else pathlib.Path(output)
+    if path is None and durable:
+        raise ConfigError(
+            "a store without a folder", where="durable", fix="output=..., which it is copied from"
+        )
     if path is None and made.guard is not None and made.guard.on_bad == "rewind":
         raise ConfigError("'rewind' without a folder", where="guard.on_bad", fix="output=..., or 'skip'")
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if path is not None:
             checkpoints = stack.enter_context(
-                Checkpointer(path / "checkpoints", every=checkpoint_every or None, keep=keep, config=config)
+                Checkpointer(
+                    path / "checkpoints",
+                    every=checkpoint_every or None,
+                    keep=keep,
+                    durable=durable,
+                    config=config,
+                )
             )
         # after the lock: two runs must not count in one folder
         watch = stack.enter_context(
@@ -300,6 +316,7 @@ def fit_plan(
         step=result.step,
         stopped=result.stopped,
         resumed_from=resumed_from or None,
+        durable=None if checkpoints is None or not durable else _durable(checkpoints),
         plan=made,
         step_seconds=meter.step_seconds,
         tokens_per_second=meter.tokens_per_second,
@@ -361,10 +378,17 @@ def _same_program(lowered: Any) -> str:
     return mine
 
 
-def _saved_groups(path: pathlib.Path) -> int | None:
-    """The groups of the run that is in the folder: they belong to it, not to the mesh."""
+def _saved_groups(path: pathlib.Path, durable: str) -> int | None:
+    """The groups of the run that is in the folder, or in the store: they belong to it, not to the mesh."""
     steps = [s["step"] for s in list_steps(path) if s["committed"]] if path.is_dir() else []
-    return inspect(path, max(steps)).get("groups") if steps else None
+    found = inspect(path, max(steps)) if steps else newest_durable(durable) if durable else None
+    return found.get("groups") if found else None
+
+
+def _durable(checkpoints: Checkpointer) -> int | None:
+    newest = checkpoints.durable_step()
+    agreed = _agreed(-1 if newest is None else newest)
+    return None if agreed < 0 else agreed
 
 
 def _eval_batches(eval_data: Any, limit: int, made: Plan) -> Any:

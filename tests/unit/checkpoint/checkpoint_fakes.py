@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from shardtrain.checkpoint import commit, folder, manifest
 
 FIELDS = ["step", "params", "model_state", "opt_state", "grad_state", "key", "cursor"]
 
@@ -87,6 +90,24 @@ class FakePlan:
 def at_step(state: State, step: int) -> State:
     """The same state at another step."""
     return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding))
+
+
+def make_step(path: Path, step: int, *, seed: int = 0) -> Path:
+    """A committed step whose arrays are noise: what a store sees of one, without the work of a save."""
+    place, noise = folder.saving_folder(path, step), np.random.default_rng((seed, step))
+    for name, size in {"d/data": 3000, "ocdbt.process_0/d": 1001, "_METADATA": 1, "empty": 0}.items():
+        file = place / folder.ARRAYS / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(noise.bytes(size))
+    content = {"format": manifest.FORMAT, "step": step, "tree": {}, "time": "2026-01-01T00:00:00Z"}
+    commit.seal(place, content, 1)
+    folder.publish(path, step)
+    return folder.step_folder(path, step)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Relative name to content of all that is under `path`."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -1,0 +1,88 @@
+"""Cut off at any request: what a store names is whole, and the step before stays until the next one is named."""
+
+import itertools
+import shutil
+
+import pytest
+from checkpoint_fakes import files, make_step
+
+from shardtrain.checkpoint import folder, head, store
+from shardtrain.checkpoint.durable import Durable
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with steps 1 and 2."""
+    path = tmp_path_factory.mktemp("saved")
+    for step in (1, 2):
+        make_step(path, step)
+    return path
+
+
+def leave(run):
+    """As a process does that is killed: no word to the store."""
+    if run._lease is not None:
+        run._lease._stop.set()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "last"),
+    [
+        ("gs", "drop"),
+        ("s3", "lost"),
+        pytest.param("gs", "lost", marks=pytest.mark.slow),
+        pytest.param("s3", "drop", marks=pytest.mark.slow),
+    ],
+)
+def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
+    """A run that committed step 1 sends step 2, and dies before (or right after) its k-th request, for every k. A new
+    machine then finds step 1 or 2, every byte of it, and step 2 where it was said to be there; the run itself goes on
+    in its folder and leaves nothing but what is named. Failed when the head was written before the files, when old files were
+    removed before the head, and when the check after sending was left out of a store that keeps half."""
+    run = Durable(url, saved, 1, None)
+    run.open()
+    run._send(1)
+    run.close()
+    before = dict(bucket.objects)
+
+    def attempt(k):
+        """Whether it came to an end before the k-th request; what it believes is there."""
+        bucket.objects.clear()
+        bucket.objects.update(before)
+        bucket.count = 0
+        bucket.fault = lambda n, *_: None if n < k else last if n == k else "drop"
+        run = Durable(url, saved, 1, None)
+        try:
+            run.open()
+            run._send(2)
+        except Exception:
+            assert run._lease is None
+        believed, ended = run.newest, bucket.count <= k
+        leave(run)
+        bucket.fault = lambda *_: None
+        return ended, believed
+
+    for k in itertools.count():
+        ended, believed = attempt(k)
+        there = tmp_path / f"new{k}"
+        there.mkdir()
+        other = Durable(url, there, 1, None)
+        other.open()
+        step = other.fetch(None)
+        assert step == 2 if believed == 2 else step in (1, 2), (k, step, believed)
+        folder.publish(there, step)
+        assert files(there / str(step)) == files(saved / str(step)), k
+        other.close()
+        shutil.rmtree(there)
+        again = Durable(url, saved, 1, None)
+        again.open()
+        again._send(2)
+        again.close()
+        assert {key.split("/")[1] for key in bucket.names()} == {
+            "head.json",
+            head.place_of(2, (saved / "2/manifest.json").read_bytes()),
+        }
+        if ended:
+            break
+    assert k > 20 and (believed, step) == (2, 2)
+    assert store.Store(url).names() == [key.removeprefix("run/") for key in bucket.names()]
