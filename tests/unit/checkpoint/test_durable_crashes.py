@@ -23,17 +23,11 @@ def leave(run):
     """As a process does that is killed: no word to the store."""
     if run._lease is not None:
         run._lease._stop.set()
+        run._lease._thread.join()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "last"),
-    [
-        ("gs", "drop"),
-        ("s3", "lost"),
-        pytest.param("gs", "lost", marks=pytest.mark.slow),
-        pytest.param("s3", "drop", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("last", ["drop", "lost"])
 def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
     """A run that committed step 1 sends step 2, and dies before (or right after) its k-th request, for every k. A new
     machine then finds step 1 or 2, every byte of it, and step 2 where it was said to be there; the run itself goes on
@@ -84,5 +78,5 @@ def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
         }
         if ended:
             break
-    assert k > 20 and (believed, step) == (2, 2)
+    assert k > 15 and (believed, step) == (2, 2)
     assert store.Store(url).names() == [key.removeprefix("run/") for key in bucket.names()]
