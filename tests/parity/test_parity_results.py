@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-KEPT = json.loads((pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "parity.json").read_text())
+ROOT = pathlib.Path(__file__).parents[2]
+KEPT = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text())
 CASES = KEPT["cases"]
 
 
@@ -41,3 +42,7 @@ def test_float64():
     rows = [r for r in KEPT["cases_f64"].values() if r["equal"] is not None]
     assert len(rows) >= 30
     assert all(r["equal"] and r["gradients"] <= 1e-12 for r in rows)
+
+
+def test_the_readme_says_it():
+    assert (ROOT / "benchmarks" / "results" / "parity.md").read_text().strip() in (ROOT / "README.md").read_text()
