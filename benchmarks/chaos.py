@@ -117,7 +117,7 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
             until(lambda: job.said(*words) or (undone.is_set() and len(rows(run)) > settled), job)
         elif not missed and fault not in ("SIGTERM", "launcher"):
             known = len(rows(run))
-            job.end(120.0 if fault == "cut" else 240.0)
+            job.end(120.0 if fault == "cut" else 900.0)
             if fault == "cut":
                 found["went_on_alone"] = len(rows(run)) > known + 2
         else:
