@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
             until(lambda: job.said(*words) or (undone.is_set() and len(rows(run)) > settled), job)
         elif not missed and fault not in ("SIGTERM", "launcher"):
             known = len(rows(run))
-            job.end(120.0 if fault == "cut" else 240.0)
+            job.end(120.0 if fault == "cut" else 900.0)
             if fault == "cut":
                 found["went_on_alone"] = len(rows(run)) > known + 2
         else:
@@ -321,8 +322,6 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="as always: one object on stdout")
     options = parser.parse_args()
-    import jax
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts and disks are taken away
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as work:
         found = run(options.trials, options.seed, options.out, Path(work), tuple(options.only))
@@ -334,7 +333,7 @@ def main() -> None:
         **found,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, local disk, simulated devices; load "
         f"{os.getloadavg()[1]:.1f}",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "versions": {"jax": version("jax"), "python": platform.python_version()},
     }
     print(json.dumps(result, indent=1))
 

@@ -126,7 +126,7 @@ class Launch:
                 found |= {int(v[15:]): pid for v in variables if v.startswith(b"JAX_PROCESS_ID=")}
         return found
 
-    def end(self, seconds: float = 240.0) -> dict[str, Any]:
+    def end(self, seconds: float = 900.0) -> dict[str, Any]:
         """The JSON of the first host; empty where a launcher did not end in time, or one of several not with 0."""
         until = time.monotonic() + seconds
         late = False

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,6 @@ def main() -> None:
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "configs" / "gpt.py") + ":tiny")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    import jax
-
     with tempfile.TemporaryDirectory(prefix="goodput-", ignore_cleanup_errors=True) as folder:
         found = run(
             options.config, options.minutes, options.kill_every, options.processes, options.seed, Path(folder)
@@ -108,7 +107,7 @@ def main() -> None:
         **found,
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, local disk, simulated devices; load "
         f"{os.getloadavg()[1]:.1f}",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "versions": {"jax": version("jax"), "python": platform.python_version()},
     }
     print(json.dumps(result, indent=1))
     sys.exit(0 if found["exit"] == 75 else 1)
