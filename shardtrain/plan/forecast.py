@@ -83,7 +83,8 @@ class Forecast:
     """Of one plan on one target. `flops`: per device and step, by `flops_source`; `model_flops`: those that MFU counts.
 
     `refused`: what the compiler said where it did not take the program. `sent`: bytes, by `source`.
-    `placement`: where each parameter lives, see `layout.placement`.
+    `placement`: where each parameter lives, see `layout.placement`. `recomputed`: FLOPs that the compiler adds, by running
+    products again where memory is short (XLA on GPUs: over about 80% of it).
     """
 
     target: Target
@@ -102,6 +103,7 @@ class Forecast:
     source: str
     flops_source: str
     placement: tuple[Mapping[str, Any], ...]
+    recomputed: float = 0.0
 
     @property
     def fits(self) -> bool | None:
@@ -142,6 +144,7 @@ class Forecast:
             "memory": self.bill.as_json(),
             "flops": self.flops,
             "flops_source": self.flops_source,
+            "flops_recomputed": self.recomputed,
             "model_flops": self.model_flops,
             "collectives": [
                 {
@@ -177,6 +180,10 @@ class Forecast:
             + (f" ({self.refused})" if self.refused else ""),
             f"{self.bill}\nmemory: {self.bill.source}",
         ]
+        if self.recomputed and self.flops:
+            parts.append(
+                f"memory is short: its compiler runs products again, {self.recomputed / self.flops:.1%} more FLOPs"
+            )
         if self.bill.largest:
             live = [(what, bytes_text(size)) for what, size in self.bill.largest[:6]]
             parts.append(table(("largest at the peak", "bytes"), live))
@@ -369,9 +376,12 @@ def of_program(
             made, refused=program.message, source=f"{made.source}; refused by its compiler"
         )
     memory = Memory(program.memory)
-    sent = made.sent
+    sent, done, again = made.sent, paper.work, 0.0
     if made.target.platform != "cpu":  # which sends in float32 what others send in bf16
-        sent = totals(hlo.read(program.as_text(), made.mesh).collectives)
+        read = hlo.read(program.as_text(), made.mesh)
+        sent, again = totals(read.collectives), read.recomputed
+    if again:
+        done = (*done, Work("bf16" if plan.precision == "bf16" else "f32", again, 0.0, 1.0))
     new = dataclasses.replace(
         made.bill, temporaries=memory["temporaries"], peak=memory["peak"], source=program.source
     )
@@ -379,6 +389,7 @@ def of_program(
         made,
         bill=new,
         sent=sent,
-        cost=cost(made.target, made.mesh, paper.work, sent, bubble(plan), constants, program.source),
+        cost=cost(made.target, made.mesh, done, sent, bubble(plan), constants, program.source),
         source=program.source,
+        recomputed=again,
     )

@@ -35,4 +35,4 @@ def test_flops_and_verdict(case):
     chip = Target(case["target"]).chip
     assert case["fits"] == (None if chip is None else case["peak_compiled"] <= chip.usable_bytes)
     if case["flops_recomputed"]:
-        assert case["fits"] is False, "a program with room is run as it was planned"
+        assert case["peak_compiled"] > 0.75 * chip.hbm_bytes, "a program with room is run as it was planned"

@@ -15,6 +15,7 @@ from shardtrain.plan import aot
 from shardtrain.plan import search as room
 from shardtrain.plan.candidates import Candidate, space
 from shardtrain.plan.cost import Constants
+from shardtrain.plan.forecast import forecast, of_program
 from shardtrain.plan.minimum import minimum
 from shardtrain.plan.partitioned import partition
 from shardtrain.plan.search import search
@@ -148,6 +149,27 @@ class _Program:
 
 
 PROGRAM = _Program()
+
+
+def test_what_a_compiler_runs_again_takes_time(monkeypatch):
+    """A product that is run twice for lack of memory costs what it costs. Failed once with the work of the paper alone."""
+    plan, _ = make(Candidate.parse("fsdp8"), None)
+    paper = partition(plan, TARGET)
+    made = forecast(plan, TARGET, paper=paper)
+    size = 4096
+    dot = "dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    array = f"f32[{size},{size}]{{1,0}}"
+    text = (
+        f"HloModule m\n\nENTRY %e (p: f32[{size},{size}]) -> f32[{size},{size}] {{\n  %p = {array} parameter(0)\n"
+        f"  %d = {array} {dot}\n  %d.remat = {array} {dot}\n  ROOT %r = {array} add(%d, %d.remat)\n}}\n"
+    )
+    monkeypatch.setattr(_Program, "as_text", lambda self: text)
+    constants = Constants.of(TARGET)
+    found = of_program(made, PROGRAM, paper, constants, plan)
+    assert found.recomputed == 2 * size**3
+    more = found.recomputed / (TARGET.chip.flops["tf32"] * constants.compute)
+    assert found.cost.compute - made.cost.compute == pytest.approx(more)
+    assert "more FLOPs" in str(found)
 
 
 def test_space():
