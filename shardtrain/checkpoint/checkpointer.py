@@ -252,6 +252,8 @@ class Checkpointer:
                 stack.callback(self._durable.close)
             self._opened = False
             self.wait()
+            if self._durable is not None and self._committed is not None and jax.process_count() == 1:
+                self._durable.offer(self._committed)  # several processes may not all have come here
 
     def _open(self) -> None:
         """Become the writer: take the lock, remove what a crash left, and load Orbax now rather than in a step."""
@@ -302,6 +304,9 @@ class Checkpointer:
             if not force and step % (self.every or 1):
                 return False
         if step == self._begun:
+            if force and self._durable is not None:
+                self.wait()
+                self._durable.offer(step)  # when it fell due, another was on its way
             return False
         self.wait()
         content = manifest.describe(state, step, plan=self._plan, config=self.config, extra=extra)

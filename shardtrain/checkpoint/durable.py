@@ -162,13 +162,17 @@ class Durable:
     def goes_on(self, step: int) -> None:
         """The run goes on from this step of the folder, which goes to the store if it is newer. Together."""
         self._origin, self._made = step, set()
+        self.offer(step)
+
+    def offer(self, step: int) -> None:
+        """Send a step of the folder, unless the store has it or a newer one. Together."""
         newest = self.newest
         if agreement.number(int(self._lease is not None and (newest is None or newest < step))):
             self.put(step)
 
     def takes(self, last: bool) -> bool:
-        """Will the step that is about to be saved go there? Not while another is on its way, unless it may be the last.
-        Together."""
+        """Will the step that is about to be saved go there? Not while another is on its way, unless it may be the last: a
+        slow store gets fewer steps, and the last one when it is offered. Together."""
         ready = self._lease is not None and not self._lease.lost and (last or not self._queue)
         return bool(agreement.number(int(ready)))
 

@@ -52,11 +52,8 @@ def test_from_machine_to_machine(config_in, tmp_path_factory, server, as_json, s
     server.fault = lambda *_: None
     code, found = as_json(*first)
     assert (code, found["resumed_from"], found["durable"]["step"]) == (0, 3, 3)
-    code, out, _ = shardtrain("ckpt", "ls", URL)
-    assert (
-        code == 0
-        and [line.split()[:2] for line in out.splitlines()[1:] if line[:1].strip().isdigit()][-1][0] == "3"
-    )
+    code, listed = as_json("ckpt", "ls", URL)
+    assert code == 0 and [(s["step"], s["committed"]) for s in listed["steps"]] == [(2, True), (3, True)]
     assert as_json("ckpt", "inspect", URL)[1]["step"] == 3
 
     code, out, _ = shardtrain("resume", tmp / "b", "--dry-run", "--durable", URL, "--steps", "6")

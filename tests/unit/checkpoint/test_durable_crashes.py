@@ -31,8 +31,8 @@ def leave(run):
 def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
     """A run that committed step 1 sends step 2, and dies before (or right after) its k-th request, for every k. A new
     machine then finds step 1 or 2, every byte of it, and step 2 where it was said to be there; the run itself goes on
-    in its folder and leaves nothing but what is named. Failed when the head was written before the files, when old files were
-    removed before the head, and when the check after sending was left out of a store that keeps half."""
+    in its folder and leaves nothing but what is named. Failed when the head was written before the files, and when old files
+    were removed before the head."""
     run = Durable(url, saved, 1, None)
     run.open()
     run._send(1)
