@@ -45,4 +45,6 @@ def test_float64():
 
 
 def test_the_readme_says_it():
-    assert (ROOT / "benchmarks" / "results" / "parity.md").read_text().strip() in (ROOT / "README.md").read_text()
+    assert (ROOT / "benchmarks" / "results" / "parity.md").read_text().strip() in (
+        ROOT / "README.md"
+    ).read_text()
