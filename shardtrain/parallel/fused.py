@@ -205,7 +205,8 @@ _fused.defvjp(_forward, _backward)
 
 def _on_parts(function: Callable[..., Any], specs: Any, takes: str, gives: str) -> Callable[..., Any]:
     """On each device's own part: q, k, v; s: [batch, heads, seq], r: [batch, seq] of all heads."""
-    if specs is None:
+    layout = context.current()
+    if specs is None or layout is None or layout.mesh is None:
         return function
     q, kv = specs
     part = lambda *dims: PartitionSpec(*(q[d] if len(q) > d else None for d in dims))  # noqa: E731

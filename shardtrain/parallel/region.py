@@ -26,9 +26,10 @@ def on_parts(
     Without this the partitioner makes arrays whole over them before a manual collective, or a kernel.
 
     Args:
-        ins, outs: specs over `axes`. axes: none, and it is `function` itself.
+        ins, outs: specs over `axes`. axes: none, and it is `function` itself. check_vma: False for a kernel, whose results
+            do not say over which axes they vary, in whatever region is around.
     """
-    if not axes:
+    if not axes and check_vma:
         return function
     layout = context.current()
     # Inside another region the mesh is the one around.

@@ -39,6 +39,7 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+@pytest.mark.slow
 def test_from_machine_to_machine(config_in, tmp_path_factory, server, as_json, shardtrain):
     """Three steps on one machine, the last one kept by it alone (exit 3); the same command sends it. Two new machines, an empty
     folder each, go on by `train` and by `resume`, and end as one does that never stopped. Failed when a run from the store had

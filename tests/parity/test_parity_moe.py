@@ -63,7 +63,7 @@ def flips(ours: dict, reference: dict, load: str) -> float:
     [
         *(
             ("capacity", layout)
-            for layout in ("expert8", "data-expert", "expert-tensor-fsdp", "expert-context")
+            for layout in ("expert8", "expert-tensor-fsdp", "expert-context")
         ),
         *(("dropless", layout) for layout in ("fsdp-expert", "expert-context")),
     ],
