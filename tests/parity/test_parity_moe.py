@@ -61,10 +61,7 @@ def flips(ours: dict, reference: dict, load: str) -> float:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(
-            ("capacity", layout)
-            for layout in ("expert8", "expert-tensor-fsdp", "expert-context")
-        ),
+        *(("capacity", layout) for layout in ("expert8", "expert-tensor-fsdp", "expert-context")),
         *(("dropless", layout) for layout in ("fsdp-expert", "expert-context")),
     ],
 )
