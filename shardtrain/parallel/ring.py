@@ -37,13 +37,12 @@ Pieces = tuple[jax.Array, jax.Array, jax.Array | None]
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """How: `axes` divide the sequence among `n` devices; `free` axes are automatic outside and divide heads."""
+    """How: `axes` divide the sequence among `n` devices; axes that are automatic outside divide heads."""
 
     causal: bool
     gathered: bool
     axes: tuple[str, ...]
     n: int
-    free: frozenset[str]
     heads: PartitionSpec
     kv: PartitionSpec
 
@@ -68,7 +67,7 @@ def attention(
     kv = spec_of(k, "batch", "seq_block", "kv_heads", "head_dim")
     assert heads is not None and kv is not None
     n = jax.lax.axis_size(layout.sequence)
-    return _attend(q, k, v, segments, _Way(causal, gathered, layout.sequence, n, free_axes(), heads, kv))
+    return _attend(q, k, v, segments, _Way(causal, gathered, layout.sequence, n, heads, kv))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -82,7 +81,7 @@ def _run(
     """Output and logsumexp."""
     ins, outs = (way.heads, way.kv, way.kv, PartitionSpec()), (way.heads, way.logs)
     # Opaque, or a remat policy would save scores.
-    return opaque(on_parts(functools.partial(_local_forward, way=way), ins, outs, way.free))(
+    return opaque(on_parts(functools.partial(_local_forward, way=way), ins, outs, free_axes()))(
         q, k, v, segments
     )
 
@@ -101,7 +100,7 @@ def _backward(way: _Way, residuals: Any, gradient: jax.Array) -> Any:
         functools.partial(_local_backward, way=way),
         (way.heads, way.kv, way.kv, PartitionSpec(), way.heads, way.logs, way.heads),
         (way.heads, way.kv, way.kv),
-        way.free,
+        free_axes(),
     )
     return *run(q, k, v, segments, out, logs, gradient), None
 

@@ -1,6 +1,7 @@
 """Stores on loopback."""
 
 import pytest
+from checkpoint_fakes import make_step
 from fake_stores import BUCKET, FakeStore
 
 
@@ -22,6 +23,15 @@ def bucket(monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with steps 1 and 2; not to be changed."""
+    path = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        make_step(path, step)
+    return path
 
 
 @pytest.fixture

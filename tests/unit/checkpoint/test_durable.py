@@ -33,15 +33,6 @@ def plan():
     return FakePlan(mesh_of(fsdp=2))
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """A folder with steps 1 and 2; not to be changed."""
-    path = tmp_path_factory.mktemp("two")
-    for step in (1, 2):
-        make_step(path, step)
-    return path
-
-
 @pytest.fixture
 def durable(url, tmp_path):
     """Durables that are open, on folders of their own unless one is given; all closed in the end."""

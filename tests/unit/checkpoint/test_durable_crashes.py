@@ -4,19 +4,10 @@ import itertools
 import shutil
 
 import pytest
-from checkpoint_fakes import files, make_step
+from checkpoint_fakes import files
 
 from shardtrain.checkpoint import folder, head, store
 from shardtrain.checkpoint.durable import Durable
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder with steps 1 and 2."""
-    path = tmp_path_factory.mktemp("saved")
-    for step in (1, 2):
-        make_step(path, step)
-    return path
 
 
 def leave(run):
@@ -28,12 +19,12 @@ def leave(run):
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 @pytest.mark.parametrize("last", ["drop", "lost"])
-def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
+def test_cut_off_at_every_request(two, tmp_path, bucket, url, last):
     """A run that committed step 1 sends step 2, and dies before (or right after) its k-th request, for every k. A new
     machine then finds step 1 or 2, every byte of it, and step 2 where it was said to be there; the run itself goes on
     in its folder and leaves nothing but what is named. Failed when the head was written before the files, and when old files
     were removed before the head."""
-    run = Durable(url, saved, 1, None)
+    run = Durable(url, two, 1, None)
     run.open()
     run._send(1)
     run.close()
@@ -45,7 +36,7 @@ def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
         bucket.objects.update(before)
         bucket.count = 0
         bucket.fault = lambda n, *_: None if n < k else last if n == k else "drop"
-        run = Durable(url, saved, 1, None)
+        run = Durable(url, two, 1, None)
         try:
             run.open()
             run._send(2)
@@ -65,16 +56,16 @@ def test_cut_off_at_every_request(saved, tmp_path, bucket, url, last):
         step = other.fetch(None)
         assert step == 2 if believed == 2 else step in (1, 2), (k, step, believed)
         folder.publish(there, step)
-        assert files(there / str(step)) == files(saved / str(step)), k
+        assert files(there / str(step)) == files(two / str(step)), k
         other.close()
         shutil.rmtree(there)
-        again = Durable(url, saved, 1, None)
+        again = Durable(url, two, 1, None)
         again.open()
         again._send(2)
         again.close()
         assert {key.split("/")[1] for key in bucket.names()} == {
             "head.json",
-            head.place_of(2, (saved / "2/manifest.json").read_bytes()),
+            head.place_of(2, (two / "2/manifest.json").read_bytes()),
         }
         if ended:
             break
