@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardtrain.errors import DataError, MeshError
 from shardtrain.mesh import Target, chip_of, device_of
 from shardtrain.plan import aot, hlo
-from shardtrain.plan.lines import naming_lines
+from shardtrain.plan.lines import naming_lines, without_callers
 from shardtrain.plan.options import compile_with, options_for
 from shardtrain.train.state import TrainState
 from shardtrain.tree import bytes_text, flatten, table
@@ -134,7 +134,7 @@ class Compiled:
             self._jitted, self.lowered, self.executable = compile_with(here, wanted, platform, chip)
             return
         self.lowered = jitted(None)[1].lower(lowering_platforms=(target.platform,))
-        module = self.lowered.compiler_ir("stablehlo")
+        module = without_callers(self.lowered.compiler_ir("stablehlo"), __file__)
         self.executable = aot.compile_for(module, target, plan.mesh.shape, options)
         self._jitted = self._absent
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from jaxlib.mlir import ir
 
 import shardtrain
 from shardtrain.errors import ShardTrainError
@@ -51,3 +54,38 @@ def naming_lines() -> Iterator[None]:
         if line and not error.where.startswith(line):
             error.where = f"{line}: {error.where}" if error.where else line
         raise
+
+
+def without_callers(module: Any, file: str) -> Any:
+    """A lowered module whose operations know their frames as far out as `file`; it is changed in place.
+
+    Who called it is no part of a program: the same step, asked for from another line, is found in the cache.
+    """
+    cut: dict[str, Any] = {}
+
+    def visit(operation: Any) -> Any:
+        text = str(operation.location)
+        if file in text:
+            if text not in cut:
+                cut[text] = ir.Module.parse("module {} " + _up_to(file, text)).operation.location
+            operation.location = cut[text]
+        return ir.WalkResult.ADVANCE
+
+    with module.context:
+        module.operation.walk(visit)
+    return module
+
+
+def _up_to(file: str, text: str) -> str:
+    """`callsite(a at callsite(b in FILE at c))` -> `callsite(a at b in FILE)`."""
+    frame = re.compile(rf'callsite\(("[^"]*"\("{re.escape(file)}":[^)]*\)) at ')
+    while found := frame.search(text):
+        end, depth = found.end(), 1
+        quoted = False
+        while depth:
+            char = text[end]
+            quoted ^= char == '"'
+            depth += 0 if quoted else (char == "(") - (char == ")")
+            end += 1
+        text = text[: found.start()] + found.group(1) + text[end:]
+    return text
