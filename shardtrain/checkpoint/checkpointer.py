@@ -189,10 +189,9 @@ class Checkpointer:
         Raises:
             CheckpointError: the previous save failed (its leftovers are gone, older steps untouched;
                 training may go on, and the next save that is due tries again), or the folder holds the
-                steps of another run.
+                steps of another run. Several processes learn of a failure at their own times, so all of them raise
+                where the next save is due, in its place; a save that is forced is tried none the less.
         """
-        if self._failure is not None:
-            self.wait()
         if self._count is None and step is None:
             self._count = _step_of(state)  # waits for the device, once
         else:
@@ -202,6 +201,8 @@ class Checkpointer:
         self._preempted, self._answered = self._preemption.asked(self._count), True
         force = force or self._preempted
         due = self.every is not None and self._count % self.every == 0
+        if self._failure is not None and not force and jax.process_count() == 1:
+            self.wait()
         return (due or force) and self._save(state, force, step is not None, extra)
 
     @property
@@ -303,12 +304,13 @@ class Checkpointer:
             self._count = step
             if not force and step % (self.every or 1):
                 return False
+        if step == self._begun and not force:
+            return False
+        self._settle(force)
         if step == self._begun:
-            if force and self._durable is not None:
-                self.wait()
+            if self._durable is not None:
                 self._durable.offer(step)  # when it fell due, another was on its way
             return False
-        self.wait()
         content = manifest.describe(state, step, plan=self._plan, config=self.config, extra=extra)
         manifest.to_json(content, where="extra")
         self._open()
@@ -325,9 +327,13 @@ class Checkpointer:
                 place.mkdir(parents=True)
 
             agreement.on_first(make)
-            pending = arrays.start(place / folder.ARRAYS, state)
         except OSError as error:
             raise _not_written(place, error) from error
+        pending: Any
+        try:
+            pending = arrays.start(place / folder.ARRAYS, state)
+        except OSError as error:  # told by the commit, where the others learn of it
+            pending = error
         superseded, self._superseded = self._superseded, []
         self._begun = step
         sent = self._durable is not None and self._durable.takes(force)
@@ -338,6 +344,19 @@ class Checkpointer:
         )
         self._thread.start()
         return True
+
+    def _settle(self, force: bool) -> None:
+        """Wait for the save under way. If it failed, on whichever process, all raise; before a last one they go on. Together."""
+        failure: CheckpointError | None = None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            failure = error
+        told = agreement.complaint(str(failure or ""))
+        if told and force:
+            log.warning("%s", told)
+        elif told:
+            raise failure or CheckpointError("another process could not write its part", why=told)
 
     def _commit(
         self,
@@ -358,6 +377,8 @@ class Checkpointer:
         )
         failure: Exception | None = None
         try:
+            if isinstance(pending, OSError):
+                raise pending
             pending.result()
             if self.fault is not None:
                 self.fault()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CONFIG = '''"""A small network on rows with a number each."""
-import dataclasses, os
+import dataclasses, errno, os, time
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 import shardtrain as st
@@ -85,6 +85,26 @@ def another_loss(model, batch, rngs):
 
 def another_program():
     return dataclasses.replace(tiny(), model=custom(net, another_loss, data, width=16))
+
+
+def full_disk():
+    """The disk is full when the first save is to be sealed, and process 0 learns of it half a second after the other."""
+    from shardtrain.checkpoint import arrays, commit
+    seal, meet, failed = commit.seal, arrays.meet, []
+
+    def full(*args):
+        failed.append(1)
+        if len(failed) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(*args)
+
+    def late(name):
+        meet(name)
+        if me() == 0 and not name.endswith("-written"):
+            time.sleep(0.5)
+
+    commit.seal, arrays.meet = full, late
+    return tiny()
 '''
 
 

@@ -62,6 +62,19 @@ def test_on_with_another_number(launch, one):
     assert more.curve() == pytest.approx(one.curve(), rel=1e-5)
 
 
+def test_a_failed_save_is_told_at_one_step(launch):
+    """Whoever learns of it first. Failed once: process 1 raised at step 3 and saved at 4, where process 0 raised; a disk that was full
+    for a moment left both waiting for each other."""
+    pace = "slow@step=1:attempt=all:seconds=0.2"
+    done = launch("full", "--processes", "2", "--inject", pace, config="CONFIG:full_disk", timeout=120)
+    assert done.code == 0 and not done.json["restarts"], done.err[-3000:]
+    for process in (0, 1):
+        log = (done.output / "logs" / f"process-{process}.log").read_text()
+        assert [n for n in range(1, 9) if f"step {n}: " in log] == [4], log
+    kept = sorted(int(f.parent.name) for f in (done.output / "checkpoints").glob("*/manifest.json"))
+    assert kept == [6, 8] and len(done.curve()) == 8
+
+
 @pytest.mark.slow
 def test_the_same_program_gives_the_same_bits(launch):
     """Killed and restarted on the same mesh: not one bit differs. The fault in mind: keys or order of an attempt."""
