@@ -225,7 +225,7 @@ def forecast(
         CompileError: the compiler died or took too long; not that it found too little memory.
     """
     constants = constants or Constants.of(target)
-    paper = paper or (None if unavailable() else partition(plan, target))
+    paper = paper or (None if unavailable(plan.mesh.shape) else partition(plan, target))
     made = _of_paper(plan, target, constants, model_flops, paper)
     return (
         made
@@ -239,7 +239,7 @@ def _of_paper(
 ) -> Forecast:
     done: tuple[Work, ...]
     if paper is None:
-        source = f"estimated, nothing was partitioned: {unavailable()}"
+        source = f"nothing was partitioned: {unavailable(plan.mesh.shape)}"
         sent = tuple(Sent(t.op, t.axes, t.bytes, 1) for t in minimum(plan))
         flops = None if model_flops is None else model_flops / target.size
         done = (

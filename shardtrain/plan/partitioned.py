@@ -5,7 +5,7 @@ is read: FLOPs, collectives, arguments, and an estimate of temporaries. About a 
 mesh and model. Manual regions are per device before, the automatic axes (tensor) become so here; both end in the same
 operations.
 
-Every private part of JAX that this needs is used here alone. Where one is missing, `unavailable()` says which, and what
+Every private part of JAX that this needs is used here alone. Where one is missing, `unavailable` says which, and what
 rests on this falls back to arithmetic, labelled as such.
 """
 
@@ -37,11 +37,7 @@ try:
 
     # Shardy does not divide CHLO's operations: they are spelled out before.
     stablehlo.register_stablehlo_passes()
-    # Before, sdy-convert-global-to-local aborts the process on products that sum over a divided dim.
-    _TOO_OLD = jax.__version_info__ < (0, 12)
-    _MISSING = (
-        f"Shardy of jaxlib {jax.lib.__version__} does not divide every program, that of 0.12 does" * _TOO_OLD
-    )
+    _MISSING = ""
 except (ImportError, AttributeError) as error:  # another JAX keeps them elsewhere
     _MISSING = f"this jaxlib has no {error}"
 
@@ -84,8 +80,13 @@ class Partitioned:
         return self.arguments + self.temporaries
 
 
-def unavailable() -> str:
-    """Why nothing can be partitioned here; empty where it can."""
+def unavailable(mesh: Mapping[str, int]) -> str:
+    """Why nothing can be partitioned over this mesh here; empty where it can."""
+    if not _MISSING and jax.__version_info__ < (0, 12) and mesh.get("tensor", 1) > 1:
+        # its sdy-convert-global-to-local aborts the process on products that sum over a divided dim
+        return (
+            f"Shardy of jaxlib {jax.lib.__version__} does not divide products over tensor, that of 0.12 does"
+        )
     return _MISSING
 
 
@@ -102,8 +103,8 @@ def partition(plan: Plan, target: Target) -> Partitioned:
     Its FLOPs are those of the compiled program, its collectives' bytes what a partitioner without further optimization
     sends; held to them by tests/unit/plan/test_partitioned.py.
     """
-    if _MISSING:
-        raise CompileError(_MISSING, where=f"target {target}", fix="the versions of JAX that are tested")
+    if why := unavailable(plan.mesh.shape):
+        raise CompileError(why, where=f"target {target}", fix="the versions of JAX that are tested")
     with on_paper():
         lowered = lower_step(plan, target.platform)
     paper = divide(lowered.compiler_ir("stablehlo"), dict(plan.mesh.shape), f"target {target}")

@@ -7,8 +7,12 @@ import pytest
 
 from shardtrain.config import load_config
 from shardtrain.mesh import CHIPS
+from shardtrain.plan.partitioned import unavailable
+
+over_tensor = pytest.mark.skipif(bool(unavailable({"tensor": 2})), reason=unavailable({"tensor": 2}))
 
 
+@over_tensor
 def test_plan_for_hardware_that_is_not_here(config, as_json, shardtrain, monkeypatch):
     """Every key of the contract; no text is read. The fault in mind: the tokenizer trained first."""
     monkeypatch.setattr("shardtrain.config.build.build_text", lambda config: pytest.fail("text was read"))

@@ -13,8 +13,9 @@ from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.compiled import lower_step
 from shardtrain.plan.liveness import live
 from shardtrain.plan.paper import Array, Block, Op, Paper, count, trip_count
-from shardtrain.plan.partitioned import partition
+from shardtrain.plan.partitioned import partition, unavailable
 
+over_tensor = pytest.mark.skipif(bool(unavailable({"tensor": 2})), reason=unavailable({"tensor": 2}))
 GPT = GPTConfig(vocab=256, sequence=64, embed=64, layers=4, heads=8, remat="dots")
 MOE = MoEConfig(vocab=256, sequence=64, embed=64, layers=2, heads=8, kv_heads=4, expert_mlp=64)
 BATCH = st.batch_spec(tokens=((16, 64), "int32"), targets=((16, 64), "int32"), weights=(16, 64))
@@ -34,7 +35,7 @@ def on_paper(name, model=GPT, target="cpu:8"):
 
 
 LAYOUTS = [
-    ("data2-fsdp2-tensor2+x2", GPT),
+    pytest.param("data2-fsdp2-tensor2+x2", GPT, marks=over_tensor),
     pytest.param("data2-tensor4+tensor_sequence", GPT, marks=pytest.mark.slow),
     ("fsdp2-context4", GPT),
     ("stage2-data4+x2", GPT),
@@ -76,6 +77,7 @@ def test_no_branch_that_nobody_takes():
     assert shares and all(0 < times < of for times, of in shares), shares
 
 
+@over_tensor
 def test_fused_attention_is_counted():
     """On NVIDIA the scores are inside a kernel: half of them under a causal mask, in two products forward and five back.
 
@@ -101,6 +103,7 @@ def test_fused_attention_is_counted():
     assert without.flops - with_kernel.flops == (2 + 4) * scores - (2 + 5) * scores / 2
 
 
+@over_tensor
 def test_a_thousand_devices():
     """No device is touched, whatever their number: what each computes is a 1,024th of what one would.
 

@@ -17,10 +17,11 @@ from shardtrain.plan.candidates import Candidate, space
 from shardtrain.plan.cost import Constants
 from shardtrain.plan.forecast import forecast, of_program
 from shardtrain.plan.minimum import minimum
-from shardtrain.plan.partitioned import partition
+from shardtrain.plan.partitioned import partition, unavailable
 from shardtrain.plan.search import search
 from shardtrain.plan.sketch import Sketcher
 
+over_tensor = pytest.mark.skipif(bool(unavailable({"tensor": 2})), reason=unavailable({"tensor": 2}))
 MODEL = GPTConfig(vocab=256, sequence=32, embed=64, layers=2, heads=4)
 TARGET = st.Target("h100:1x8")
 
@@ -60,7 +61,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=over_tensor) if "tensor" in n else n for n in NAMES])
 def test_a_sketch_has_what_a_plan_has(sketcher, name):
     """Leaves, bytes that are sent and bytes of state are the plan's own, without its traces.
 
@@ -233,6 +234,7 @@ def test_real_workers_that_fail(sketcher, monkeypatch, tmp_path):
     assert found.best.name in names[3:] and found.best.tier == "partitioned"
 
 
+@over_tensor
 def test_words_and_front(sketcher):
     """The front is in order and nothing on it is both slower and larger. The fault in mind: ties by name."""
     layouts = [(Candidate.parse(n), None) for n in NAMES]
