@@ -49,7 +49,7 @@ FORMULA = (
     "at all (skipped; but for those that a full disk kept from being written, as the run itself said), by each step's "
     "sums of row numbers and of their squares; curves_equal: every loss bit for bit as the reference's while the number of "
     "processes is the same, within 1e-5 on another; preempted.clean: all processes left with 75, with the step of the last "
-    "metrics committed; went_on_alone: more than two steps on record after a host was cut off for good; detection_seconds: "
+    "metrics committed (done_before: the run ended, its last step committed, before the step that they agreed on); went_on_alone: more than two steps on record after a host was cut off for good; detection_seconds: "
     "fault to the line of the launcher (of a cut: of both); recovery_seconds: fault to the next new step on record, with "
     "the time that the cable was out; full: space freed to the next commit"
 )
@@ -148,6 +148,8 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
             stack.callback(job.kill)
             job.lines = said + job.lines
         done = job.end()
+        if goes_on and found.get("clean") is False and done.get("exit") == 0 and not done.get("restarts"):
+            found["clean"] = None if committed(run) == STEPS else False  # done before the step they agreed on
         judged = judge(drawn, done, rows(run), first, whole, [line for _, _, line in job.lines])
     resumed = judged["resumed_from"]
     restarted = not goes_on or bool(done.get("restarts"))
@@ -243,7 +245,7 @@ def summary(trials: list[dict[str, Any]], left_out: dict[str, int] | None = None
     def of(name: str, *faults: str) -> dict[str, float] | None:
         return spread([t[name] for t in trials if t[name] is not None and t["fault"] in faults])
 
-    preempted = [t["clean"] for t in trials if "clean" in t]
+    preempted = [t["clean"] for t in trials if t.get("clean") is not None]
     return {
         "trials": len(trials),
         "by_fault": {f: sum(t["fault"] == f for t in trials) for f in CHANCES},
@@ -256,7 +258,11 @@ def summary(trials: list[dict[str, Any]], left_out: dict[str, int] | None = None
         "samples_repeated": sum(t["samples_repeated"] for t in trials),
         "samples_skipped": sum(t["samples_skipped"] for t in trials),
         "curves_equal": sum(t["curve_equal"] for t in trials),
-        "preempted": {"clean": sum(preempted), "of": len(preempted)},
+        "preempted": {
+            "clean": sum(preempted),
+            "of": len(preempted),
+            "done_before": sum(t.get("clean", True) is None for t in trials),
+        },
         "went_on_alone": sum(t.get("went_on_alone", False) for t in trials),
         "not_named": sum(not t.get("named", True) for t in trials),
         "detection_seconds": {
