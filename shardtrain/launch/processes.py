@@ -26,6 +26,7 @@ DONE, WRONG_INPUT, FAILED, INTERRUPTED, CANCELLED = 0, 2, 3, 75, 130
 _POLL = 0.02
 _WITNESSES = 0.3  # seconds in which others of the same fault may be noticed
 _LAST_WORDS = 2.0  # seconds that survivors have to say what they saw
+_OF_A_KILL = 0.5  # where one was killed from outside: they can only say that it is gone
 _TAIL = 12
 _TRACE = re.compile(r"\s*@ +0x|\*\*\* Check failure|=== Source Location|external/")
 """Lines of JAX's that tell people nothing: the logs have them."""
@@ -266,7 +267,8 @@ class Attempt:
         culprit = min(order, key=lambda i: (_blame(self._processes[i].popen.returncode), order.index(i)))
         if not asked:
             self._signal(signal.SIGTERM)
-        until = time.monotonic() + _LAST_WORDS
+        killed = _blame(self._processes[culprit].popen.returncode) == 0
+        until = time.monotonic() + (_OF_A_KILL if killed else _LAST_WORDS)
         while time.monotonic() < until and any(p.popen.poll() is None for p in self._processes):
             time.sleep(_POLL)
         return self._ended(self._processes[culprit].popen.returncode, culprit)
@@ -289,7 +291,7 @@ class Attempt:
 
 
 def _blame(code: int) -> int:
-    """Among processes that died at once: the lower, the more likely it was the first.
+    """Among processes that died at once: the lower, the more likely it was the first. 0: killed from outside.
 
     A killed process says nothing; the others fail because it is gone, and JAX's agent aborts them.
     """
