@@ -49,7 +49,8 @@ FORMULA = (
     "at all (skipped; but for those that a full disk kept from being written, as the run itself said), by each step's "
     "sums of row numbers and of their squares; curves_equal: every loss bit for bit as the reference's while the number of "
     "processes is the same, within 1e-5 on another; preempted.clean: all processes left with 75, with the step of the last "
-    "metrics committed (done_before: the run ended, its last step committed, before the step that they agreed on); went_on_alone: more than two steps on record after a host was cut off for good; detection_seconds: "
+    "metrics committed (done_before: the run ended, its last step committed, before the step that they agreed on); "
+    "went_on_alone: more than two steps on record after a host was cut off for good; detection_seconds: "
     "fault to the line of the launcher (of a cut: of both); recovery_seconds: fault to the next new step on record, with "
     "the time that the cable was out; full: space freed to the next commit"
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +14,15 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from shardtrain.checkpoint.manifest import paths
+from shardtrain.mesh.board import ServiceBoard
 
 Tree = dict[str, Any]
+_LOOK = 0.5  # seconds between looks whether another process has failed
+_BARRIERS = (  # of a save's background half, in order: operation, name. Where Orbax changes one, its waiters time out
+    ("{}.state", "save_and_finalize_{}.state_commit_complete"),
+    ("{}.state", "save_and_finalize_{}.state_finalize_complete"),
+    ("{}", "save_checkpointables_async:finalize"),
+)
 
 
 class Pending(Protocol):
@@ -33,6 +42,48 @@ def start(path: Path, state: Any) -> Pending:
     context.array.saving.use_compression = False
     with context:
         return ocp.save_async(path, nested({p: x for p, x in paths(state).items() if x.size}))
+
+
+class ElsewhereError(OSError):
+    """Another process could not write its part."""
+
+
+def finish(pending: Pending, board: ServiceBoard | None) -> None:
+    """Wait until this process's part is written.
+
+    Args:
+        board: where processes say that they could not. Orbax's own barriers wait for those for up to twenty minutes.
+
+    Raises:
+        ElsewhereError: another process could not. Any other: what Orbax met here.
+    """
+    if board is None:
+        pending.result()
+        return
+    while True:
+        began = time.monotonic()
+        try:
+            return pending.result(timeout=_LOOK)
+        except TimeoutError:
+            if time.monotonic() - began < _LOOK / 2:  # not ours: something in there took too long
+                raise
+        if told := board.all():
+            raise ElsewhereError(told[0])
+
+
+def release(pending: Pending) -> None:
+    """Where a save has failed: come to its barriers, where others would wait for minutes with their copy of the state.
+
+    Not for those others: who comes twice to one barrier waits for ever.
+    """
+    number = getattr(pending, "_operation_id", None)
+    everyone = set(range(jax.process_count()))
+    for operation, name in _BARRIERS:
+        with contextlib.suppress(Exception):  # one to which they will not come
+            meeting = ocp.multihost.sync_global_processes(
+                name.format(number), operation_id=operation.format(number), timeout=1, processes=everyone
+            )
+            asyncio.run(meeting)
 
 
 def load(path: Path, abstract: Mapping[tuple[str, ...], jax.ShapeDtypeStruct], *, partial: bool) -> Tree:

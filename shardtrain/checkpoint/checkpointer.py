@@ -23,6 +23,7 @@ from shardtrain.checkpoint.lock import Lock
 from shardtrain.checkpoint.preemption import Preemption
 from shardtrain.checkpoint.restore import Plan, choose, first_line, read_state
 from shardtrain.errors import CheckpointError
+from shardtrain.mesh.board import service_board
 
 log = logging.getLogger("shardtrain")
 
@@ -375,17 +376,21 @@ class Checkpointer:
             jax.process_index(),
             jax.process_count(),
         )
+        board = service_board(meeting)
         failure: Exception | None = None
         try:
             if isinstance(pending, OSError):
                 raise pending
-            pending.result()
+            arrays.finish(pending, board)
             if self.fault is not None:
                 self.fault()
             if process:
                 commit.record(place, process)
         except Exception as error:
             failure = error
+            if board is not None:
+                with contextlib.suppress(Exception):  # they wait longer
+                    board.put(process, f"process {process} could not write its part: {first_line(error)}")
         try:
             if several > 1:
                 arrays.meet(f"{meeting}-written")
@@ -408,6 +413,12 @@ class Checkpointer:
                 self._durable.put(step)
             if process == 0:
                 self._retain(step)
+        elif (
+            several > 1
+            and not isinstance(pending, OSError)
+            and not isinstance(failure, arrays.ElsewhereError)
+        ):
+            arrays.release(pending)
         self._failure = failure
 
     def _retain(self, step: int) -> None:

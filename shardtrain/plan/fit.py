@@ -222,7 +222,7 @@ def fit_plan(
             )
         # after the lock: two runs must not count in one folder
         watch = stack.enter_context(
-            Watch(jax.process_index(), path, service=service_board(), again=started_again())
+            Watch(jax.process_index(), path, service=service_board("beats"), again=started_again())
         )
         watch.phase("compile", 0)
         compiled = made.compile()

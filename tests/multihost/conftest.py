@@ -105,6 +105,36 @@ def full_disk():
 
     commit.seal, arrays.meet = full, late
     return tiny()
+
+
+def no_room(process):
+    """One process cannot write files of more than two kilobytes while the first save is on its way."""
+    import resource
+    from shardtrain.checkpoint import arrays
+    start, finish, begun = arrays.start, arrays.finish, []
+
+    def limited(path, state):
+        begun.append(1)
+        if me() == process and len(begun) == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        return start(path, state)
+
+    def finished(*args):
+        try:
+            finish(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    arrays.start, arrays.finish = limited, finished
+    return dataclasses.replace(tiny(), model=custom(net, loss, data, width=512), steps=12)
+
+
+def no_room_on_the_first():
+    return no_room(0)
+
+
+def no_room_on_the_second():
+    return no_room(1)
 '''
 
 

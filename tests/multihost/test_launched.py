@@ -75,6 +75,21 @@ def test_a_failed_save_is_told_at_one_step(launch):
     assert kept == [6, 8] and len(done.curve()) == 8
 
 
+@pytest.mark.parametrize("which", ["first", pytest.param("second", marks=pytest.mark.slow)])
+def test_a_part_that_cannot_be_written(launch, which):
+    """The other has written its part and waits in a barrier of Orbax, which nobody will come to. Failed once: for 300 s and more
+    at a time (a disk that was full for half a second), and then at the exit, for the thread that still waited."""
+    pace = "slow@step=1:attempt=all:seconds=0.2"
+    config = f"CONFIG:no_room_on_the_{which}"
+    done = launch("room-" + which, "--processes", "2", "--inject", pace, config=config, timeout=120)
+    assert done.code == 0 and not done.json["restarts"], done.err[-3000:]
+    logs = [(done.output / "logs" / f"process-{process}.log").read_text() for process in (0, 1)]
+    assert all("step 4: " in log and "could not be written" in log for log in logs), logs
+    assert "could not write its part" in logs[which == "first"]
+    kept = sorted(int(f.parent.name) for f in (done.output / "checkpoints").glob("*/manifest.json"))
+    assert kept == [10, 12] and len(done.curve()) == 12
+
+
 @pytest.mark.slow
 def test_the_same_program_gives_the_same_bits(launch):
     """Killed and restarted on the same mesh: not one bit differs. The fault in mind: keys or order of an attempt."""
