@@ -79,3 +79,9 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     close = close or difflib.get_close_matches(name, names, n=1)
     first = f"'{close[0]}'" if close else f"one of {', '.join(names)}"
     return f"{first}, or {otherwise}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -21,9 +21,8 @@ from shardtrain.checkpoint import agreement, commit, folder, intact, manifest
 from shardtrain.checkpoint.durable import Durable
 from shardtrain.checkpoint.lock import Lock
 from shardtrain.checkpoint.preemption import Preemption
-from shardtrain.checkpoint.restore import Plan, choose, first_line, read_state
-from shardtrain.errors import CheckpointError
-from shardtrain.mesh.board import service_board
+from shardtrain.checkpoint.restore import Plan, choose, read_state
+from shardtrain.errors import CheckpointError, first_line
 
 log = logging.getLogger("shardtrain")
 
@@ -321,10 +320,10 @@ class Checkpointer:
         try:
 
             def make() -> None:
-                for left in folder.unfinished(self.path):
-                    folder.discard(
-                        self.path, left
-                    )  # one that failed may have been written to after it was discarded
+                for left in folder.unfinished(
+                    self.path
+                ):  # what failed may have been written to after it was discarded
+                    folder.discard(self.path, left)
                 place.mkdir(parents=True)
 
             agreement.on_first(make)
@@ -368,58 +367,17 @@ class Checkpointer:
         meeting: str,
         sent: bool,
     ) -> None:
-        """In the background: wait for Orbax, write the manifest, move the step into place."""
-        from shardtrain.checkpoint import arrays
-
-        place, process, several = (
-            folder.saving_folder(self.path, step),
-            jax.process_index(),
-            jax.process_count(),
-        )
-        board = service_board(meeting)
-        failure: Exception | None = None
+        """In the background: the step into place; then to the store, and old ones away."""
         try:
-            if isinstance(pending, OSError):
-                raise pending
-            arrays.finish(pending, board)
-            if self.fault is not None:
-                self.fault()
-            if process:
-                commit.record(place, process)
+            commit.together(self.path, step, pending, content, superseded, meeting, self.fault)
         except Exception as error:
-            failure = error
-            if board is not None:
-                with contextlib.suppress(Exception):  # they wait longer
-                    board.put(process, f"process {process} could not write its part: {first_line(error)}")
-        try:
-            if several > 1:
-                arrays.meet(f"{meeting}-written")
-            if process == 0 and failure is None:
-                commit.seal(place, content, several)
-                folder.publish(self.path, step, superseded=superseded)
-        except Exception as error:
-            failure = failure or error
-        if failure is not None and process == 0:
-            folder.discard(self.path, step)
-        try:
-            arrays.meet(meeting)
-            if failure is None and not (folder.step_folder(self.path, step) / folder.MANIFEST).is_file():
-                raise OSError("process 0 could not put it in place")
-        except Exception as error:
-            failure = failure or error
-        if failure is None:
-            self._committed = step
-            if sent and self._durable is not None:
-                self._durable.put(step)
-            if process == 0:
-                self._retain(step)
-        elif (
-            several > 1
-            and not isinstance(pending, OSError)
-            and not isinstance(failure, arrays.ElsewhereError)
-        ):
-            arrays.release(pending)
-        self._failure = failure
+            self._failure = error
+            return
+        self._committed = step
+        if sent and self._durable is not None:
+            self._durable.put(step)
+        if jax.process_index() == 0:
+            self._retain(step)
 
     def _retain(self, step: int) -> None:
         """Only ever after a commit: `step`, just read back, is the good one that stays whatever the others are."""

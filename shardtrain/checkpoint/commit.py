@@ -2,14 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from shardtrain.checkpoint import digests, folder, manifest
+from shardtrain.errors import first_line
+from shardtrain.mesh.board import service_board
+
+
+def together(
+    path: Path,
+    step: int,
+    pending: Any,
+    content: dict[str, Any],
+    superseded: list[int],
+    meeting: str,
+    fault: Callable[[], None] | None = None,
+) -> None:
+    """The background half of a save, on all processes at once: in the end the step is in place for all of them, or for none.
+
+    Args:
+        pending: what `arrays.start` gave, or the error with which it ended.
+        content: of the manifest. superseded: see `folder.publish`. meeting: a name of this commit alone.
+        fault: raises where a part would have been written.
+
+    Raises:
+        Exception: it was not put in place; nothing of it is left.
+    """
+    from shardtrain.checkpoint import arrays
+
+    place, process, processes = folder.saving_folder(path, step), jax.process_index(), jax.process_count()
+    board = service_board(meeting)
+    failure: Exception | None = None
+    stuck = False  # whether others may be waiting for this process in Orbax
+    try:
+        if isinstance(pending, OSError):
+            raise pending
+        try:
+            arrays.finish(pending, board)
+        except Exception as error:
+            stuck = not isinstance(error, arrays.ElsewhereError)
+            raise
+        if fault is not None:
+            fault()
+        if process:
+            record(place, process)
+    except Exception as error:
+        failure = error
+        if board is not None:
+            with contextlib.suppress(Exception):  # they wait longer
+                board.put(process, f"process {process} could not write its part: {first_line(error)}")
+    try:
+        if processes > 1:
+            arrays.meet(f"{meeting}-written")
+        if process == 0 and failure is None:
+            seal(place, content, processes)
+            folder.publish(path, step, superseded=superseded)
+    except Exception as error:
+        failure = failure or error
+    if failure is not None and process == 0:
+        folder.discard(path, step)
+    try:
+        arrays.meet(meeting)
+        if failure is None and not (folder.step_folder(path, step) / folder.MANIFEST).is_file():
+            raise OSError("process 0 could not put it in place")
+    except Exception as error:
+        failure = failure or error
+    if stuck and processes > 1:
+        arrays.release(pending)
+    if failure is not None:
+        raise failure
 
 
 def record(place: Path, process: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 
 from shardtrain.checkpoint import folder, intact, manifest
-from shardtrain.errors import CheckpointError
+from shardtrain.errors import CheckpointError, first_line
 
 log = logging.getLogger("shardtrain")
 GUARD = ("grad_state", "guard")  # the one part of a state that may come and go
@@ -136,9 +136,3 @@ def choose(path: Path, step: int | None) -> int:
         )
     intact.require(path, step)
     return step
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
