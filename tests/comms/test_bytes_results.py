@@ -12,7 +12,9 @@ CASES = {n: row for n, row in KEPT["cases"].items() if not row["alone"]}
 SINGLE = ("data", "zero1", "fsdp", "tensor", "tensor_sequence", "context", "expert", "pipeline")
 HYBRIDS = ("data x fsdp", "fsdp x tensor", "fsdp x tensor_sequence", "data x fsdp x tensor")
 SLICES = ("slice x data", "slice x zero1", "slice x fsdp", "slice x fsdp x tensor")
-CAPS = {("v5e:2x4", "context, gather"): 1.03}  # (target, layout) that may send more, each said in CONTRIBUTING
+CAPS = {
+    ("v5e:2x4", "context, gather"): 1.03
+}  # (target, layout) that may send more, each said in CONTRIBUTING
 
 
 def bounds(row):

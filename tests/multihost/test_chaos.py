@@ -28,6 +28,21 @@ def chaos():
     return module
 
 
+def test_what_was_kept_lost_nothing(chaos):
+    """200 trials, each of its own number. The fault in mind: results of one kind alone, or of a piece."""
+    results = FILE.parent / "results"
+    trials = [json.loads(line) for line in (results / "chaos.jsonl").read_text().splitlines()]
+    assert {t["trial"] for t in trials} >= set(range(200)) and len({t["trial"] for t in trials}) == len(
+        trials
+    )
+    found, kept = chaos.summary(trials), json.loads((results / "chaos.json").read_text())
+    assert all(kept[name] == value for name, value in found.items() if name != "left_out")
+    assert all(count >= 10 for count in found["by_fault"].values()) and found["in_save"] >= 50
+    lost = ("lost_commits", "corrupt_resumes", "samples_repeated", "samples_skipped", "went_on_alone")
+    assert not any(found[name] for name in lost) and found["curves_equal"] == found["trials"]
+    assert found["preempted"]["clean"] == found["preempted"]["of"]
+
+
 def test_what_is_lost_is_counted(chaos):
     """Each kind of loss in its own number. The fault in mind: a sum that is zero whatever happened."""
     bad = {**ONE, "lost_commit": True, "corrupt_resume": True, "samples_repeated": 16, "samples_skipped": 32}
