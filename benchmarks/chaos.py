@@ -128,6 +128,8 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
             left = job.said("launch: all") if goes_on else done.get("exit") == 75
             steps = [row["step"] for row in rows(run)]
             found["clean"] = bool(left) and committed(run) == max(steps, default=0)
+            if not goes_on and done.get("exit") == 0 and committed(run) == STEPS:
+                found["clean"] = None  # done before the step that they agreed on
         detected = job.said(*words)
         if detected and not missed and fault in ("SIGKILL", "SIGSTOP", "cut"):
             found["detection_seconds"] = detected - at
@@ -150,7 +152,7 @@ def trial(number: int, seed: int, work: Path, reference: Any) -> dict[str, Any]:
             job.lines = said + job.lines
         done = job.end()
         if goes_on and found.get("clean") is False and done.get("exit") == 0 and not done.get("restarts"):
-            found["clean"] = None if committed(run) == STEPS else False  # done before the step they agreed on
+            found["clean"] = None if committed(run) == STEPS else False
         judged = judge(drawn, done, rows(run), first, whole, [line for _, _, line in job.lines])
     resumed = judged["resumed_from"]
     restarted = not goes_on or bool(done.get("restarts"))
