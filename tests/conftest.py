@@ -4,9 +4,8 @@ import os
 import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.pop(
-    "PYTHONDONTWRITEBYTECODE", None
-)  # hundreds of processes start here; each would compile our sources anew
+# Hundreds of processes start here; each would compile our sources anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Half of a cold suite would be LLVM optimizing programs that run for milliseconds; partitioning and fusion stay.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

@@ -307,6 +307,8 @@ class Checkpointer:
         if step == self._begun and not force:
             return False
         self._settle(force)
+        if not self._checked:  # the one that failed was to replace the steps of an abandoned future
+            self._check_folder()
         if step == self._begun:
             if self._durable is not None:
                 self._durable.offer(step)  # when it fell due, another was on its way
@@ -320,9 +322,8 @@ class Checkpointer:
         try:
 
             def make() -> None:
-                for left in folder.unfinished(
-                    self.path
-                ):  # what failed may have been written to after it was discarded
+                # what failed may have been written to after it was discarded
+                for left in folder.unfinished(self.path):
                     folder.discard(self.path, left)
                 place.mkdir(parents=True)
 
@@ -353,6 +354,7 @@ class Checkpointer:
         except CheckpointError as error:
             failure = error
         told = agreement.complaint(str(failure or ""))
+        self._checked = self._checked and not told
         if told and force:
             log.warning("%s", told)
         elif told:

@@ -113,6 +113,25 @@ def test_going_on_from_an_older_step_replaces_the_newer(tmp_path, plan):
         assert checkpointer.steps() == [2, 4, 6]
 
 
+def test_a_last_save_after_one_that_failed_replaces_the_newer(tmp_path, plan):
+    """It is tried in place of telling, and step 8 of the abandoned run leaves with it. Failed once: only the save that failed was to
+    replace it, and the next start would have gone on from step 8."""
+    with Checkpointer(tmp_path, every=2, keep=9) as checkpointer:
+        train(checkpointer, checkpointer.restore_or_init(plan), 1, 8)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with Checkpointer(tmp_path, every=2, keep=9) as checkpointer:
+        state = checkpointer.restore(plan, 4)
+        checkpointer.fault = full
+        checkpointer.save(at_step(state, 6), step=6)
+        checkpointer._thread.join()
+        checkpointer.fault = None
+        assert checkpointer.save(at_step(state, 6), step=6, force=True)
+    assert folder.steps(tmp_path) == [2, 4, 6]
+
+
 def test_sigterm(tmp_path, plan):
     """Failed (killed the tests) without the handler; the save was missing when only `force` was looked at."""
     before = signal.getsignal(signal.SIGTERM)
