@@ -1,6 +1,6 @@
 """Goodput of a job whose processes are killed now and then, and whether its ledger adds up. Prints JSON.
 
-    python benchmarks/goodput.py [--minutes 20] [--kill-every 300] [--processes 2] [--config configs/gpt.py:tiny]
+    python benchmarks/goodput.py [--minutes 20] [--kill-every 300] [--processes 2] [--config configs/gpt.py:tiny] [WORDS OF train]
 
 `shardtrain launch local` trains until it is asked to stop; every so many seconds of that a random process is killed (SIGKILL), and
 the launcher starts all again from the last commit. Goodput is the run's own: compute and evaluations over the wall clock of
@@ -32,12 +32,12 @@ FORMULA = (
 
 
 def run(
-    config: str, minutes: float, kill_every: float, processes: int, seed: int, folder: Path
+    config: str, more: list[str], minutes: float, kill_every: float, processes: int, seed: int, folder: Path
 ) -> dict[str, Any]:
     rng = random.Random(seed)
     output = folder / "run"
     train = [config, "--output", str(output), "--steps", "1000000", "--optimizer.decay", "constant"]
-    train += ["--monitor.tensorboard", "false", "--eval-every", "0", "--checkpoint-every", "20"]
+    train += ["--monitor.tensorboard", "false", "--eval-every", "0", *more]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -69,6 +69,8 @@ def run(
         done = job.end(300.0)
     finally:
         job.kill()
+    if not (output / "goodput.json").is_file():
+        raise SystemExit("\n".join(line for _, _, line in job.lines[-20:]))
     kept = json.loads((output / "goodput.json").read_text())
     clock = kept["at"] - wall
     total = sum(kept["parts"].values())
@@ -93,14 +95,22 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "configs" / "gpt.py") + ":tiny")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="goodput-", ignore_cleanup_errors=True) as folder:
         found = run(
-            options.config, options.minutes, options.kill_every, options.processes, options.seed, Path(folder)
+            options.config,
+            more,
+            options.minutes,
+            options.kill_every,
+            options.processes,
+            options.seed,
+            Path(folder),
         )
     result = {
         "benchmark": "goodput",
         "formula": FORMULA,
+        "config": Path(options.config).name,
+        "train": more,
         "minutes": options.minutes,
         "kill_every_seconds": options.kill_every,
         "processes": options.processes,

@@ -153,5 +153,6 @@ def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def remat(function: Callable[..., Any], name: str, *, in_scan: bool = False) -> Callable[..., Any]:
-    """`function` under the named policy; `in_scan` when a scan keeps forward and backward apart."""
+    """`function` under the named policy; `in_scan` when a scan keeps forward and backward apart: one over a single layer is
+    unrolled by XLA, which then merges what the backward was to run again with the forward."""
     return jax.checkpoint(function, policy=policy(name), prevent_cse=not in_scan)

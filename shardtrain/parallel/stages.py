@@ -121,7 +121,8 @@ class Stages:
             return y, None
 
         policy = self.remat(model) if callable(self.remat) else self.remat
-        return jax.lax.scan(remat(body, policy, in_scan=True), x, (state, keys, there))[0]
+        body = remat(body, policy, in_scan=jax.tree.leaves(state)[0].shape[0] > 1)
+        return jax.lax.scan(body, x, (state, keys, there))[0]
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], rngs: Any) -> Any:

@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import shardtrain as st
+from shardtrain.models import GPTConfig, build_model, language_model_loss
+from shardtrain.plan.partitioned import partition
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -54,3 +56,21 @@ def test_short_vectors_over_many_chips():
     )
     assert plan.leaves["b"].shard.dim == 1, "a vector with parts of two is what this is about"
     assert plan.compile(target=target).collectives()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "layers"), [("h100:1x8", 1), ("v5e:2x4", 1), ("h100:1x8", 2)])
+def test_a_lone_layer_is_recomputed_too(target, layers):
+    """A scan of one layer is unrolled by XLA. Failed once on h100: it then merged what the backward was to run again with the
+    forward, which kept everything that `remat="full"` was to drop.
+    """
+    target = st.Target(target)
+    model = GPTConfig(vocab=256, sequence=64, embed=64, layers=layers, heads=8, remat="full")
+    plan = st.plan(
+        lambda rngs: build_model(model, rngs),
+        language_model_loss,
+        optax.adamw(1e-3),
+        batch=st.batch_spec(tokens=((16, 64), "int32"), targets=((16, 64), "int32"), weights=(16, 64)),
+        mesh=target.mesh(data=8),
+    )
+    assert plan.compile(target=target).program().flops == partition(plan, target).flops

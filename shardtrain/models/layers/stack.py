@@ -58,7 +58,7 @@ def scan_blocks(
         block = nnx.merge(graph, gather(state, path))
         return block(x, key=key, cache=cache, position=position, segments=segments)
 
-    body = remat(body, policy, in_scan=True)
+    body = remat(body, policy, in_scan=layers > 1)
     return jax.lax.scan(body, x, (state, keys, cache))
 
 

@@ -124,6 +124,17 @@ def test_remat_changes_no_gradient(config):
         norm_close(gradients, reference, 1e-6)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_lone_layer_is_kept_apart(layers):
+    """XLA unrolls a scan of one layer, and without barriers merges its recomputation with the forward (seen on H100: see
+    tests/comms/test_targets.py). Failed once without them.
+    """
+    graph, state = nnx.split(build_model(GPTConfig(**{**SIZES, "layers": layers}, remat="full"), nnx.Rngs(0)))
+    objective = lambda state: language_model_loss(nnx.merge(graph, state), batch(), None).sum
+    lowered = jax.jit(jax.grad(objective)).lower(state).as_text()
+    assert ("optimization_barrier" in lowered) == (layers == 1)
+
+
 @each_family
 def test_dropout_goes_by_the_key_and_is_off_in_eval(config):
     """Failed once with dropout that drew a key of its own."""
