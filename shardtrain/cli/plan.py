@@ -100,7 +100,7 @@ def _there(options: argparse.Namespace, targets: list[str]) -> tuple[int, dict[s
             if options.price is not None and result["price_per_billion_tokens"]:
                 print(f"a billion tokens cost {result['price_per_billion_tokens']:,.2f}")
             for way in ways:
-                print(f"to make it fit: {way.change}: {_way(way)}")
+                print(f"{'to make it fit' if way.forecast.fits else _NONE}: {way.change}: {_way(way)}")
             print()
     if len(results) == 1:
         return code, results[0]
@@ -119,6 +119,7 @@ def _there(options: argparse.Namespace, targets: list[str]) -> tuple[int, dict[s
     return code, {"targets": results, "scaling": scaling}
 
 
+_NONE = "no one or two changes of layout make it fit: more devices, or another model; nearest"
 _SCALING = ("step_seconds", "tokens_per_second", "mfu", "strong", "weak")
 
 

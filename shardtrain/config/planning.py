@@ -103,8 +103,8 @@ def _over_slices(config: RunConfig, target: Target) -> tuple[RunConfig, list[str
 
 @dataclasses.dataclass(frozen=True)
 class WayOut:
-    """A change that makes a config fit: what it is, the forecast with it, and against that of the config as it was
-    what it saves (bytes of one device) and costs (seconds of a step)."""
+    """A change that makes a config fit, or comes nearest: what it is, the forecast with it, and against that of the config as
+    it was what it saves (bytes of one device) and costs (seconds of a step)."""
 
     change: str
     layout: Layout
@@ -117,6 +117,7 @@ class WayOut:
         return {
             "change": self.change,
             "layout": self.layout.name,
+            "fits": self.forecast.fits,
             "peak": f.bill.peak,
             "saves": self.saves,
             "step_seconds": f.seconds,
@@ -136,10 +137,10 @@ def ways_to_fit(
     timeout: float = 600,
 ) -> list[WayOut]:
     """The cheapest changes of layout under which a config that does not fit does, each partitioned anew and, unless
-    `compile` is "no", compiled: what its compiler does not take is not shown.
+    `compile` is "no", compiled.
 
-    One change at a time, then two together. Global batch, sequence length and numerics stay. `before`: of the config as
-    it is, what each is compared with.
+    One change at a time, then two together. Global batch, sequence length and numerics stay. Where none of them fits, the one
+    that comes nearest, by its peak. `before`: of the config as it is, what each is compared with.
     """
 
     def way(change: str, layout: Layout, found: Forecast) -> WayOut:
@@ -149,6 +150,7 @@ def ways_to_fit(
     here = Layout.now(config, target)
     ones = list(_changes(here, config))
     found: list[WayOut] = []
+    rest: list[WayOut] = []
     for changes in ([(c,) for c in ones], [(a, b) for i, a in enumerate(ones) for b in ones[i + 1 :]]):
         for change in changes[:12]:
             layout = here
@@ -158,13 +160,13 @@ def ways_to_fit(
                 _, seen = forecast_config(layout.of(config), target, constants)
             except ShardTrainError:
                 continue
-            if seen.fits:
-                found.append(way(" and ".join(text for text, _ in change), layout, seen))
+            (found if seen.fits else rest).append(way(" and ".join(text for text, _ in change), layout, seen))
         if found:
             break
     found.sort(key=lambda way: way.forecast.seconds or 0.0)
+    nearest = lambda: sorted(rest, key=lambda way: way.forecast.bill.peak)[:1]
     if compile == "no":
-        return found[:most]
+        return found[:most] or nearest()
     sure: list[WayOut] = []
     for each in found[: 2 * most]:
         try:
@@ -173,11 +175,10 @@ def ways_to_fit(
             )
         except ShardTrainError:
             continue
-        if seen.fits:
-            sure.append(way(each.change, each.layout, seen))
+        (sure if seen.fits else rest).append(way(each.change, each.layout, seen))
         if len(sure) == most:
             break
-    return sorted(sure, key=lambda way: way.forecast.seconds or 0.0)
+    return sorted(sure, key=lambda way: way.forecast.seconds or 0.0) or nearest()
 
 
 def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -53,6 +53,17 @@ def test_ways_to_fit(config, as_json, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_nearest_where_nothing_fits(config, as_json, shardtrain, monkeypatch):
+    """A chip without room for the state: one change, which says that it does not fit either. Failed once: not a word."""
+    monkeypatch.setitem(CHIPS, "h100", dataclasses.replace(CHIPS["h100"], hbm_bytes=1000.0))
+    code, found = as_json("plan", config, "--target", "h100:1x8", "--compile", "no")
+    assert code == 1 and [way["fits"] for way in found["ways_to_fit"]] == [False]
+    assert found["ways_to_fit"][0]["peak"] < found["memory"]["peak"]
+    code, out, _ = shardtrain("plan", config, "--target", "h100:1x8", "--compile", "no")
+    assert code == 1 and "no one or two changes of layout make it fit" in out
+
+
+@pytest.mark.slow
 def test_several_targets(config, as_json, tmp_path):
     """Strong scaling is of tokens per device; the first target is 1; both are on the page. The fault in mind: each
     against itself."""

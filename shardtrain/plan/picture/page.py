@@ -122,7 +122,9 @@ def _plan(found: Found) -> str:
             for w in found["ways_to_fit"]
         ]
         header = ("change", "layout", "peak", "saves", "step", "costs", "tier")
-        sections.append(_section("To make it fit", table(header, ways, right=(2, 3, 4, 5)), ""))
+        fits = all(w.get("fits", True) for w in found["ways_to_fit"])
+        title = "To make it fit" if fits else "Nothing that was tried fits; the nearest"
+        sections.append(_section(title, table(header, ways, right=(2, 3, 4, 5)), ""))
     return "".join(sections)
 
 
