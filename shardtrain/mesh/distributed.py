@@ -10,10 +10,11 @@ import re
 import sys
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import jax
 
-from shardtrain.errors import LaunchError, RunError, ShardTrainError
+from shardtrain.errors import LaunchError, RunError, ShardTrainError, first_line
 
 log = logging.getLogger("shardtrain")
 
@@ -104,6 +105,7 @@ def init_distributed(
         ) from error
     _leave_at_once()
     _count_devices()
+    _cache_what_it_compiles()
     return _say(
         f"{found}: process {jax.process_index()} of {jax.process_count()}, "
         f"{jax.local_device_count()} of {jax.device_count()} {jax.devices()[0].platform} devices"
@@ -168,6 +170,25 @@ def _count_devices() -> None:
             why=f"process {jax.process_index()} has {jax.local_device_count()}",
             fix="processes per host and devices per process as they are on the hosts",
         )
+
+
+def _cache_what_it_compiles() -> None:
+    """On simulated devices the key of a cached program is each process's own, and JAX writes those of process 0 alone: the others
+    would compile anew at every start. GPUs and TPUs have one key for all.
+    """
+    if jax.process_index() == 0 or jax.devices()[0].platform != "cpu":
+        return
+    from jax._src import compilation_cache, compiler  # no public name says who writes
+
+    def write(key: str, seconds: float, name: str, backend: Any, executable: Any) -> None:
+        if seconds < jax.config.jax_persistent_cache_min_compile_time_secs:
+            return
+        try:
+            compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+        except Exception as error:  # no reason to stop a program that is compiled
+            log.warning("%s was not cached: %s", name, first_line(error))
+
+    compiler._cache_write = write
 
 
 def _detect() -> str:

@@ -1,6 +1,8 @@
 """Training in several processes: as one process with the same devices, and nothing lost when one is killed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -88,6 +90,41 @@ def test_a_part_that_cannot_be_written(launch, which):
     assert "could not write its part" in logs[which == "first"]
     kept = sorted(int(f.parent.name) for f in (done.output / "checkpoints").glob("*/manifest.json"))
     assert kept == [10, 12] and len(done.curve()) == 12
+
+
+CACHED = """
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import shardtrain as st
+hits, asked = [], []
+jax.monitoring.register_event_listener(lambda name, **more: hits.append(name) if name.endswith("/cache_hits") else None)
+jax.monitoring.register_event_listener(lambda name, **more: asked.append(name) if name.endswith("_use_cache") else None)
+st.init_distributed()
+x = jax.jit(lambda: jnp.ones((8, 8)), out_shardings=jax.NamedSharding(st.make_mesh(data=2), P("data")))()
+jax.block_until_ready(jax.jit(lambda x: x @ x.T)(x))
+print("cached", len(hits), "of", len(asked))
+"""
+
+
+def test_all_processes_start_from_the_cache(tmp_path, one_of):
+    """The second start compiles nothing on either process. Failed once: JAX writes the programs of process 0 alone, and on
+    simulated devices those of the others have keys of their own.
+    """
+    (tmp_path / "twice.py").write_text(CACHED)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    least = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+    command = [sys.executable, "-m", "shardtrain", "launch", "local", "--processes", "2", "--", "python"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, str(tmp_path / "twice.py")],
+            env=one_of(tmp_path) | cache | least,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "cached " in line]
+    counts = [line.split("cached ")[1].split(" of ") for line in lines]
+    assert len(counts) == 2 and all(hits == asked and int(hits) > 0 for hits, asked in counts), done.stderr
 
 
 @pytest.mark.slow
