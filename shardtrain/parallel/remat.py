@@ -152,7 +152,18 @@ def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def remat(function: Callable[..., Any], name: str, *, in_scan: bool = False) -> Callable[..., Any]:
-    """`function` under the named policy; `in_scan` when a scan keeps forward and backward apart: one over a single layer is
-    unrolled by XLA, which then merges what the backward was to run again with the forward."""
-    return jax.checkpoint(function, policy=policy(name), prevent_cse=not in_scan)
+def remat(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function` under the named policy."""
+    return jax.checkpoint(function, policy=policy(name))
+
+
+def over_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: Any, name: str
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `body` under the named policy. A loop keeps forward and backward apart; one layer gets none, since XLA
+    would unroll it, and barriers, since XLA would merge what the backward runs again with the forward.
+    """
+    if jax.tree.leaves(layers)[0].shape[0] > 1:
+        return jax.lax.scan(jax.checkpoint(body, policy=policy(name), prevent_cse=False), x, layers)
+    x, made = remat(body, name)(x, jax.tree.map(lambda leaf: leaf[0], layers))
+    return x, jax.tree.map(lambda leaf: leaf[None], made)

@@ -13,7 +13,7 @@ import numpy as np
 
 from shardtrain.errors import ConfigError
 from shardtrain.parallel.fsdp import gather
-from shardtrain.parallel.remat import remat
+from shardtrain.parallel.remat import over_layers
 
 STAGE = "stage"  # the mesh axis
 
@@ -121,8 +121,7 @@ class Stages:
             return y, None
 
         policy = self.remat(model) if callable(self.remat) else self.remat
-        body = remat(body, policy, in_scan=jax.tree.leaves(state)[0].shape[0] > 1)
-        return jax.lax.scan(body, x, (state, keys, there))[0]
+        return over_layers(body, x, (state, keys, there), policy)[0]
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], rngs: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardtrain.parallel.fsdp import gather
-from shardtrain.parallel.remat import remat
+from shardtrain.parallel.remat import over_layers
 
 Blocks = Any
 """A module whose parameters have a leading `layers` dim."""
@@ -58,8 +58,7 @@ def scan_blocks(
         block = nnx.merge(graph, gather(state, path))
         return block(x, key=key, cache=cache, position=position, segments=segments)
 
-    body = remat(body, policy, in_scan=layers > 1)
-    return jax.lax.scan(body, x, (state, keys, cache))
+    return over_layers(body, x, (state, keys, cache), policy)
 
 
 def empty_caches(blocks: Blocks, batch: int, length: int, dtype: Any) -> Any:

@@ -17,6 +17,7 @@ from shardtrain.plan.partitioned import partition, unavailable
 
 over_tensor = pytest.mark.skipif(bool(unavailable({"tensor": 2})), reason=unavailable({"tensor": 2}))
 GPT = GPTConfig(vocab=256, sequence=64, embed=64, layers=4, heads=8, remat="dots")
+ONE = dataclasses.replace(GPT, layers=2, remat="full")  # a layer for each of two stages
 MOE = MoEConfig(vocab=256, sequence=64, embed=64, layers=2, heads=8, kv_heads=4, expert_mlp=64)
 BATCH = st.batch_spec(tokens=((16, 64), "int32"), targets=((16, 64), "int32"), weights=(16, 64))
 
@@ -39,6 +40,7 @@ LAYOUTS = [
     pytest.param("data2-tensor4+tensor_sequence", GPT, marks=pytest.mark.slow),
     ("fsdp2-context4", GPT),
     ("stage2-data4+x2", GPT),
+    ("stage2-data4+x2", ONE),
     pytest.param("data2-expert2-tensor2", MOE, marks=pytest.mark.slow),
 ]
 
@@ -47,7 +49,8 @@ LAYOUTS = [
 def test_equals_the_compiled_program(name, model):
     """FLOPs to 0.1%, arguments exactly, bytes sent by axis, temporaries roughly.
 
-    Failed once with a stage's branches taken more often than they are.
+    Failed once with a stage's branches taken more often than they are, and with a scan of one layer, which XLA unrolls: what only
+    the next layer would read is then not computed again.
     """
     paper = on_paper(name, model)
     step = planned(name, st.make_mesh(**Candidate.parse(name).mesh), model).compile()

@@ -11,8 +11,7 @@ from shardtrain.mesh import Target
 RESULTS = pathlib.Path(__file__).parents[3] / "benchmarks" / "results"
 KEPT = json.loads((RESULTS / "planning.json").read_text())
 CASES = KEPT["measured"]
-OFF = {  # FLOPs that are not explained yet: CONTRIBUTING, "Left for later"
-    ("configs/moe.py:deepseek_16b", "h100:8x8"): 0.006,
+OFF = {  # under tensor the TPU compiler runs the router's backward on a part of the sequence each: CONTRIBUTING
     ("configs/moe.py:tiny", "v5e:2x4"): 0.004,
 }
 
@@ -33,7 +32,7 @@ def test_flops_and_verdict(case):
     The faults in mind: a kernel that nobody counts; a verdict on paper under the name of the compiler's.
     """
     if "refused" in case:
-        assert case["fits"] is False
+        assert case["fits"] is False and case["fits_on_paper"] is False
         return
     planned = case["flops_compiled"] - case["flops_recomputed"]
     within = OFF.get((case["config"], case["target"]), 1e-3)
