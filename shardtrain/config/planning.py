@@ -164,11 +164,8 @@ def ways_to_fit(
         if found:
             break
     found.sort(key=lambda way: way.forecast.seconds or 0.0)
-    nearest = lambda: sorted(rest, key=lambda way: way.forecast.bill.peak)[:1]
-    if compile == "no":
-        return found[:most] or nearest()
-    sure: list[WayOut] = []
-    for each in found[: 2 * most]:
+    sure = found[:most] if compile == "no" else []
+    for each in found[: 2 * most] if compile != "no" else ():
         try:
             _, seen = forecast_config(
                 each.layout.of(config), target, constants, compile=compile, timeout=timeout
@@ -178,7 +175,8 @@ def ways_to_fit(
         (sure if seen.fits else rest).append(way(each.change, each.layout, seen))
         if len(sure) == most:
             break
-    return sorted(sure, key=lambda way: way.forecast.seconds or 0.0) or nearest()
+    nearest = sorted(rest, key=lambda way: way.forecast.bill.peak)[:1]
+    return sorted(sure, key=lambda way: way.forecast.seconds or 0.0) or nearest
 
 
 def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -188,7 +188,7 @@ def _cache_what_it_compiles() -> None:
         except Exception as error:  # no reason to stop a program that is compiled
             log.warning("%s was not cached: %s", name, first_line(error))
 
-    compiler._cache_write = write
+    compiler._cache_write = write  # type: ignore[assignment]  # its names are other ones
 
 
 def _detect() -> str:

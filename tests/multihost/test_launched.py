@@ -112,7 +112,10 @@ def test_all_processes_start_from_the_cache(tmp_path, one_of):
     """
     (tmp_path / "twice.py").write_text(CACHED)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    least = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+    least = {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
     command = [sys.executable, "-m", "shardtrain", "launch", "local", "--processes", "2", "--", "python"]
     for _ in range(2):
         done = subprocess.run(

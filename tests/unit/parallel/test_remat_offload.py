@@ -10,7 +10,7 @@ import pytest
 import shardtrain as st
 from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.models import GPTConfig, build_model, language_model_loss
-from shardtrain.parallel.remat import opaque, policy, over_layers
+from shardtrain.parallel.remat import opaque, over_layers, policy
 
 ARGUMENTS = jnp.ones((8, 16)), jnp.linspace(-1, 1, 3 * 16 * 16).reshape(3, 16, 16)
 
