@@ -66,10 +66,10 @@ def search(
         why = dropped[0].why if dropped else "none was given"
         raise ConfigError("no layout can run", where=f"target {target}", why=why, fix="more devices")
     say(f"{len(alive)} of {len(entries)} layouts sketched, {time.monotonic() - started:.0f} s")
-    able = [e for e in alive if not unavailable(e.candidate.mesh)]
-    left = next((e for e in alive if unavailable(e.candidate.mesh)), None)
-    if left is not None:
-        notes = (*notes, f"some were sketched alone: {unavailable(left.candidate.mesh)}")
+    cannot = [unavailable(e.candidate.mesh) for e in alive]
+    able = [e for e, why in zip(alive, cannot, strict=True) if not why]
+    if any(cannot):
+        notes = (*notes, f"some were sketched alone: {next(filter(None, cannot))}")
     chosen = _few(able, partitions, objective, usable)
     done: dict[str, Entry] = {}
     papers: dict[str, tuple[Plan, Partitioned]] = {}
