@@ -35,6 +35,7 @@ LAYOUTS = {
     "fsdp": [{"fsdp": 8}, {"fsdp": 4}, {"fsdp": 2}, {"data": 1}],
     "tensor": [{"data": 2, "tensor": 4}, {"tensor": 4}, {"tensor": 2}, {"data": 1}],
     "stage": [{"stage": 4, "data": 2}, {"stage": 4}, {"stage": 2}, {"data": 1}],
+    "slice": [{"slice": 2, "fsdp": 4}, {"slice": 2, "data": 2}, {"fsdp": 2}, {"slice": 2}],
 }
 
 
