@@ -45,8 +45,10 @@ def search_config(
     """
     use_no_devices()
     chosen = layouts_for(config, target, axes) if layouts is None else layouts
+    ring = any(c.mesh.get("context", 1) > 1 and c.attention == "ring" for c, _ in chosen)
     sketchers = {
-        remat: _sketcher(config, remat, target, constants) for remat in dict.fromkeys(r for _, r in chosen)
+        remat: _sketcher(config, remat, target, constants, ring)
+        for remat in dict.fromkeys(r for _, r in chosen)
     }
 
     def make(candidate: Candidate, remat: str | None) -> tuple[Plan, float | None]:
@@ -85,17 +87,22 @@ def _axes(config: RunConfig) -> set[str]:
     return axes
 
 
-def _sketcher(config: RunConfig, remat: str | None, target: Target, constants: Constants) -> Sketcher:
-    """The model on one device of the target with one row, traced and partitioned."""
+def _sketcher(
+    config: RunConfig, remat: str | None, target: Target, constants: Constants, ring: bool
+) -> Sketcher:
+    """The model on one device of the target with one row and with two, traced and partitioned; `ring`: on two devices, too."""
 
-    def alone(rows: int) -> Plan:
-        one = Layout(Candidate.of({}), remat).of(dataclasses.replace(config, global_batch=rows, groups=None))
-        return make_plan(one, build(one, target.one_device, data=False))
+    def few(rows: int, **axes: int) -> Plan:
+        less = Layout(Candidate.of(axes), remat).of(
+            dataclasses.replace(config, global_batch=rows, groups=None)
+        )
+        return make_plan(less, build(less, target.some_devices(**(axes or {"data": 1})), data=False))
 
-    plans = alone(1), alone(2)
-    papers = partition(plans[0], target), partition(plans[1], target)
+    one = few(1)
+    papers = partition(one, target), partition(few(2), target)
+    divided = (partition(few(n, context=2), target) for n in (1, 2))
     fields = build(config, target.one_device, data=False).batch
-    return Sketcher(plans[0], papers, fields, target, constants)
+    return Sketcher(one, papers, fields, target, constants, (next(divided), next(divided)) if ring else None)
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:

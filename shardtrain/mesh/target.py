@@ -119,7 +119,11 @@ class Target:
     @property
     def one_device(self) -> AbstractMesh:
         """A mesh of one of its devices."""
-        return self._abstract({"data": 1})
+        return self.some_devices(data=1)
+
+    def some_devices(self, **axes: int) -> AbstractMesh:
+        """A mesh of as many of its devices as the axes take."""
+        return self._abstract(axes)
 
     def _abstract(self, shape: Mapping[str, int]) -> AbstractMesh:
         platform = "gpu" if self.platform == "cuda" else self.platform

@@ -303,8 +303,7 @@ def cost(
         return None
     compute = hbm = 0.0
     for w in work:
-        products = w.times * w.flops / (_peak(chip, w.dtype) * constants.compute)
-        memory = w.times * w.bytes / (chip.hbm_bandwidth * constants.hbm)
+        products, memory = _roofline(w, chip, constants)
         compute, hbm = compute + products, hbm + max(0.0, memory - products)
     crossed = links(target, mesh, chip)
     seconds: dict[str, float] = {}
@@ -337,6 +336,21 @@ def cost(
         taken=by_op,
         source=f"estimated: {source}; constants of {chip.name} ({constants.source})",
     )
+
+
+def waits_for_memory(work: Work, target: Target, constants: Constants) -> bool:
+    """Whether its bytes take longer than its products; False without figures of the chip."""
+    chip = constants.chip or target.chip
+    if chip is None:
+        return False
+    products, memory = _roofline(work, chip, constants)
+    return memory > products
+
+
+def _roofline(work: Work, chip: Chip, constants: Constants) -> tuple[float, float]:
+    """Seconds of its products, and of its bytes."""
+    products = work.times * work.flops / (_peak(chip, work.dtype) * constants.compute)
+    return products, work.times * work.bytes / (chip.hbm_bandwidth * constants.hbm)
 
 
 def _peak(chip: Chip, dtype: str) -> float:

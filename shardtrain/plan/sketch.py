@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from shardtrain.parallel.presets import PRESETS
 from shardtrain.parallel.quantised import check_quant
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.candidates import Candidate
-from shardtrain.plan.cost import Constants, Cost, Sent, cost
+from shardtrain.plan.cost import Constants, Cost, Sent, cost, waits_for_memory
 from shardtrain.plan.forecast import bubble
 from shardtrain.plan.given import check_sequence, group_count
 from shardtrain.plan.minimum import Term, minimum, traffic_of
@@ -50,6 +50,8 @@ class Sketcher:
         one: its plan on one device of the target's kind with a global batch of one row.
         papers: that plan partitioned, and the same with two rows.
         batch: shapes of the real global batch.
+        ring: papers as these, of two devices that divide the sequence in a ring: its softmax goes through memory, and it
+            multiplies what a causal mask drops. Without them a ring counts as attention of one device.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Sketcher:
         batch: Any,
         target: Target,
         constants: Constants,
+        ring: tuple[Partitioned, Partitioned] | None = None,
     ):
         self.one, self.batch, self.target, self.constants = one, batch, target, constants
         self.named = {
@@ -69,7 +72,11 @@ class Sketcher:
         first, second = papers
         self.saved = second.live.saved - first.live.saved
         self.made = max(0.0, second.temporaries - first.temporaries - self.saved)
-        self.row = _difference(second.work, first.work)
+        waits = lambda w: waits_for_memory(w, target, constants)  # noqa: E731
+        self.row = self.row_in_ring = _difference(second.work, first.work, waits)
+        if ring is not None:
+            each = _difference(ring[1].work, ring[0].work, waits)
+            self.row_in_ring = [dataclasses.replace(w, times=2 * w.times) for w in each]
         self._carried: dict[Any, Traffic] = {}
 
     def __call__(self, candidate: Candidate) -> Sketch:
@@ -85,7 +92,9 @@ class Sketcher:
         again = 1.0 if stages == 1 else 4 / 3  # a stage's backward runs its forward again
         state = sum(self._state(leaf, mesh) for leaf in plan.leaves.values())
         share = plan.global_batch * again / parts
-        work = [dataclasses.replace(w, times=w.times * share) for w in self.row]
+        in_ring = candidate.attention == "ring" and mesh.shape.get("context", 1) > 1
+        row = self.row_in_ring if in_ring else self.row
+        work = [dataclasses.replace(w, times=w.times * share) for w in row]
         work.append(Work("f32", 0.0, 2 * state, 1.0))  # read and written by the update
         found = cost(self.target, mesh.shape, work, sent, bubble(plan), self.constants, "sketched")
         return Sketch(state, state + self._activations(plan, rows, stages), found)
@@ -177,14 +186,15 @@ class Sketcher:
         return saved + self.made * rows / plan.sequence_parts / tensor
 
 
-def _difference(more: tuple[Work, ...], less: tuple[Work, ...]) -> list[Work]:
-    """What one has over another, by dtype: FLOPs and bytes of all runs together."""
-    found: dict[str, list[float]] = {}
+def _difference(more: Sequence[Work], less: Sequence[Work], waits: Callable[[Work], bool]) -> list[Work]:
+    """What one has over another, by dtype and by what operations wait for: FLOPs and bytes of all runs together. Memory that an
+    operation waits for is not hidden by the products of another."""
+    found: dict[tuple[str, bool], list[float]] = {}
     for sign, group in ((1.0, more), (-1.0, less)):
         for w in group:
-            flops, moved = found.setdefault(w.dtype, [0.0, 0.0])
-            found[w.dtype] = [flops + sign * w.times * w.flops, moved + sign * w.times * w.bytes]
-    return [Work(dtype, max(0.0, f), max(0.0, b), 1.0) for dtype, (f, b) in found.items()]
+            flops, moved = found.setdefault((w.dtype, waits(w)), [0.0, 0.0])
+            found[w.dtype, waits(w)] = [flops + sign * w.times * w.flops, moved + sign * w.times * w.bytes]
+    return [Work(dtype, max(0.0, f), max(0.0, b), 1.0) for (dtype, _), (f, b) in found.items()]
 
 
 def _copies(plan: Plan) -> Mapping[str, float]:
