@@ -1,6 +1,7 @@
 """What a search chooses, against compiling every candidate. Prints JSON.
 
     python benchmarks/choosing.py [--only TEXT] [--again] [--candidates 44]
+    python benchmarks/choosing.py --sketch [--only TEXT]
 
 For each case (config, target) so many of the layouts that a search looks at, spread evenly over all of them, are sketched,
 partitioned and compiled at the search's own level, each in a process of its own; the compiled cost is the cost model over
@@ -9,6 +10,9 @@ compiled). Kept in `benchmarks/results/choosing.json`:
 
 - `choice_over_best`: compiled cost of the search's choice / the least compiled cost among those that fit.
 - `rank_partitioned`, `rank_sketched`: Spearman's rank correlation of that tier's cost with the compiled one.
+
+`--sketch` compiles nothing: it sketches the layouts of the cases that are kept again, with the code as it is, and ranks those
+costs against the compiled ones that are kept.
 
 Programs are cached on disk, so a run that was cut off goes on. Needs the extras aot-gpu and aot-tpu; 15 (GPU) to 40 (TPU)
 seconds of CPU a candidate.
@@ -122,19 +126,46 @@ def measured(config_name: str, overrides: list[str], target_name: str, count: in
     }
 
 
+def sketched(case: dict[str, Any]) -> dict[str, Any]:
+    """The case with sketches of today."""
+    from shardtrain.config import resolve
+    from shardtrain.config.search import layouts_for, search_config
+    from shardtrain.mesh import Target
+    from shardtrain.plan.cost import Constants
+
+    target = Target(case["target"])
+    config, _ = resolve(case["config"], case["overrides"], target.size)
+    names = {c["layout"] for c in case["candidates"]}
+    of = lambda candidate, remat: candidate.name + (f"+remat:{remat}" if remat else "")
+    layouts = [pair for pair in layouts_for(config, target) if of(*pair) in names]
+    found = search_config(
+        config, target, Constants.of(target), layouts=layouts, partitions=0, compiles=0, workers=1
+    )
+    costs = {e.name: e.sketch.cost.total for e in found.entries if e.sketch and e.sketch.cost}
+    candidates = [{**c, "sketched": costs.get(c["layout"])} for c in case["candidates"]]
+    both = [(c["sketched"], c["compiled"]) for c in candidates if c["sketched"] and c["compiled"]]
+    assert len(both) == case["compiled"]
+    return {
+        **case,
+        "rank_sketched": correlation(*map(list, zip(*both, strict=True))),
+        "candidates": candidates,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--sketch", action="store_true")
     parser.add_argument("--candidates", type=int, default=44)
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     kept = lambda: json.loads(FILE.read_text())["cases"] if FILE.is_file() else {}
     for name, case in CASES.items():
-        if options.only in name and (options.again or name not in kept()):
-            found = measured(*case, options.candidates)
+        if options.only in name and (options.again or (name in kept()) == options.sketch):
+            found = sketched(kept()[name]) if options.sketch else measured(*case, options.candidates)
             cases = {**kept(), name: found}  # another process may have written one meanwhile
             versions = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")}
             result = {
