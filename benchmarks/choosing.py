@@ -127,8 +127,9 @@ def measured(config_name: str, overrides: list[str], target_name: str, count: in
 
 
 def sketched(case: dict[str, Any]) -> dict[str, Any]:
-    """The case with sketches of today."""
+    """The case with sketches of the code as it is."""
     from shardtrain.config import resolve
+    from shardtrain.config.planning import Layout
     from shardtrain.config.search import layouts_for, search_config
     from shardtrain.mesh import Target
     from shardtrain.plan.cost import Constants
@@ -136,8 +137,7 @@ def sketched(case: dict[str, Any]) -> dict[str, Any]:
     target = Target(case["target"])
     config, _ = resolve(case["config"], case["overrides"], target.size)
     names = {c["layout"] for c in case["candidates"]}
-    of = lambda candidate, remat: candidate.name + (f"+remat:{remat}" if remat else "")
-    layouts = [pair for pair in layouts_for(config, target) if of(*pair) in names]
+    layouts = [pair for pair in layouts_for(config, target) if Layout(*pair).name in names]
     found = search_config(
         config, target, Constants.of(target), layouts=layouts, partitions=0, compiles=0, workers=1
     )

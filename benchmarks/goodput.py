@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=300.0, metavar="SECONDS")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "configs" / "gpt.py") + ":tiny")
+    parser.add_argument("--checkpoint-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0)
     options, more = parser.parse_known_args()
+    more += ["--checkpoint-every", str(options.checkpoint_every)]
     with tempfile.TemporaryDirectory(prefix="goodput-", ignore_cleanup_errors=True) as folder:
         found = run(
             options.config,

@@ -164,17 +164,19 @@ def ways_to_fit(
         if found:
             break
     found.sort(key=lambda way: way.forecast.seconds or 0.0)
-    sure = found[:most] if compile == "no" else []
-    for each in found[: 2 * most] if compile != "no" else ():
-        try:
-            _, seen = forecast_config(
-                each.layout.of(config), target, constants, compile=compile, timeout=timeout
-            )
-        except ShardTrainError:
-            continue
-        (sure if seen.fits else rest).append(way(each.change, each.layout, seen))
-        if len(sure) == most:
-            break
+    sure = found[:most]
+    if compile != "no":
+        sure = []
+        for each in found[: 2 * most]:
+            try:
+                _, seen = forecast_config(
+                    each.layout.of(config), target, constants, compile=compile, timeout=timeout
+                )
+            except ShardTrainError:
+                continue
+            (sure if seen.fits else rest).append(way(each.change, each.layout, seen))
+            if len(sure) == most:
+                break
     nearest = sorted(rest, key=lambda way: way.forecast.bill.peak)[:1]
     return sorted(sure, key=lambda way: way.forecast.seconds or 0.0) or nearest
 

@@ -63,9 +63,8 @@ def test_stuck_in_python(stuck):
 
 def test_stopped(stuck):
     """SIGSTOP: no sign of life. It writes its stack too, once continued, right before its end."""
-    found, _, kept = stuck(
-        "stop", "alive=5"
-    )  # longer than a busy machine keeps a process from its first steps
+    # longer than a busy machine keeps a process from its first steps
+    found, _, kept = stuck("stop", "alive=5")
     assert found["exit"] == 0
     assert "process 1 has given no sign of life" in found["attempts"][0]["end"]
     assert "stopped by a signal" in kept[1] and "stuck_here" in kept[1]
