@@ -14,6 +14,8 @@ from typing import Any
 
 from hosts import Hosts
 
+from shardtrain.launch.child import WAITING
+
 STEPS, ROWS, DEVICES = 14, 16, 4
 CONFIG = """
 import jax, jax.numpy as jnp, numpy as np
@@ -121,6 +123,8 @@ class Launch:
             for pid in map(int, children):
                 try:
                     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                    if Path(f"/proc/{pid}/comm").read_text().strip() == WAITING:  # for the next attempt
+                        continue
                 except OSError:
                     continue
                 found |= {int(v[15:]): pid for v in variables if v.startswith(b"JAX_PROCESS_ID=")}

@@ -25,6 +25,7 @@ from shardtrain.launch.processes import (
     Signals,
     Start,
 )
+from shardtrain.launch.spares import Spares
 from shardtrain.launch.stuck import Eye
 from shardtrain.watch import parse_silence
 from shardtrain.watch.beats import ALIVE, SILENCE
@@ -142,7 +143,8 @@ def launch(asked: Local, say: Callable[[str], None], quiet: bool = False) -> dic
     processes, restarts, attempt, short = asked.processes, 0, 0, 0
     history: list[dict[str, Any]] = []
     silence = parse_silence(asked.silence)
-    with Signals() as signals:
+    with Signals() as signals, Spares() as spares:
+        waiting = spares if asked.max_restarts or asked.elastic else None
         while True:
             began = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="shardtrain-beats-", ignore_cleanup_errors=True) as beats:
@@ -150,7 +152,7 @@ def launch(asked: Local, say: Callable[[str], None], quiet: bool = False) -> dic
                 here = beats if asked.hosts == 1 else ""
                 eye = Eye(pathlib.Path(beats), silence.get("alive", ALIVE)) if here else None
                 wanted = starts(asked, processes, attempt, free_port(asked.host), here)
-                with Attempt(wanted, asked.logs, quiet) as running:
+                with Attempt(wanted, asked.logs, quiet, waiting) as running:
                     ended = running.wait(signals, asked.grace, eye)
             seconds = time.monotonic() - began
             history.append({"processes": processes, "end": str(ended), "seconds": round(seconds, 3)})

@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from shardtrain.errors import LaunchError
+from shardtrain.launch import spares
 from shardtrain.launch.stuck import Eye
 
 DONE, WRONG_INPUT, FAILED, INTERRUPTED, CANCELLED = 0, 2, 3, 75, 130
@@ -27,6 +27,7 @@ _POLL = 0.02
 _WITNESSES = 0.3  # seconds in which others of the same fault may be noticed
 _LAST_WORDS = 2.0  # seconds that survivors have to say what they saw
 _OF_A_KILL = 0.5  # where one was killed from outside: they can only say that it is gone
+_STARTED = 60.0  # seconds after which an attempt that shows no beats here counts as started
 _TAIL = 12
 _TRACE = re.compile(r"\s*@ +0x|\*\*\* Check failure|=== Source Location|external/")
 """Lines of JAX's that tell people nothing: the logs have them."""
@@ -126,7 +127,15 @@ class Signals:
 
 
 class _Process:
-    def __init__(self, index: int, start: Start, width: int, logs: pathlib.Path | None, quiet: bool):
+    def __init__(
+        self,
+        index: int,
+        start: Start,
+        width: int,
+        logs: pathlib.Path | None,
+        quiet: bool,
+        waiting: spares.Spares | None,
+    ):
         self.index = index
         self.rank = int(start.environment.get("JAX_PROCESS_ID", index))  # among those of all hosts
         self.tail: deque[str] = deque(maxlen=_TAIL)
@@ -134,16 +143,8 @@ class _Process:
         self._prefix = f"[{self.rank:{width}}] "
         self._log = None if logs is None else _log_file(logs, self.rank)
         self._lock = threading.Lock()
-        command = [sys.executable, "-m", "shardtrain.launch.child", str(os.getpid()), *start.command]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **start.environment}
-        self.popen = subprocess.Popen(  # noqa: S603 a list: no shell reads it
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=0,  # a terminal's Ctrl-C comes to the launcher alone, which passes it on
-        )
+        asked = (start.command, start.environment)
+        self.popen = (waiting and waiting.take(index, *asked)) or spares.start(*asked)
         streams = ((self.popen.stdout, sys.stderr if quiet else sys.stdout), (self.popen.stderr, sys.stderr))
         self._pumps = [threading.Thread(target=self._pump, args=s, daemon=True) for s in streams]
         for pump in self._pumps:
@@ -198,18 +199,26 @@ class Attempt:
     Args:
         starts: one for each process.
         logs: a folder for `process-N.log`. quiet: stdout goes to stderr, for `--json`.
+        waiting: processes to begin with, where it has some, and to be filled for the next attempt.
 
     Raises:
         LaunchError: a log cannot be written.
     """
 
-    def __init__(self, starts: Sequence[Start], logs: pathlib.Path | None = None, quiet: bool = False):
+    def __init__(
+        self,
+        starts: Sequence[Start],
+        logs: pathlib.Path | None = None,
+        quiet: bool = False,
+        waiting: spares.Spares | None = None,
+    ):
         self._processes: list[_Process] = []
+        self._starts, self._waiting = starts, waiting
         self._of = max(int(s.environment.get("JAX_NUM_PROCESSES", len(starts))) for s in starts)
         width = len(str(self._of - 1))
         try:
             for index, start in enumerate(starts):
-                self._processes.append(_Process(index, start, width, logs, quiet))
+                self._processes.append(_Process(index, start, width, logs, quiet, waiting))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -228,7 +237,7 @@ class Attempt:
 
         A signal is passed on once; `grace` seconds later, or at the second one, what still runs is killed.
         """
-        passed, until = 0, float("inf")
+        passed, until, began = 0, float("inf"), time.monotonic()
         while True:
             codes = [p.popen.poll() for p in self._processes]
             if signals.asked and not passed:
@@ -254,7 +263,15 @@ class Attempt:
                     print(f"launch: where it was: {file}", file=sys.stderr)
                 ended = self._ended(FAILED, found.processes[0] if found.processes else None)
                 return dataclasses.replace(ended, stuck=found.text)
+            # not while they start: the processors are theirs
+            started = eye.at_work if eye is not None else time.monotonic() > began + _STARTED
+            if started and self._waiting is not None and not signals.asked:
+                self._prepare(self._waiting)
             time.sleep(_POLL)
+
+    def _prepare(self, waiting: spares.Spares) -> None:
+        for index, start in enumerate(self._starts):
+            waiting.fill(index, start.command, start.environment)
 
     def _failure(self, asked: int) -> Ended:
         order = [p.index for p in self._processes if p.popen.poll() not in (None, DONE, INTERRUPTED)]

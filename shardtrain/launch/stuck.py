@@ -27,6 +27,8 @@ class Eye:
         self._observer = Observer(self._board, time.monotonic)
         self._next = 0.0
         self._stopped: dict[int, float] = {}
+        self.at_work = False
+        """Each of them has taken a step."""
 
     def look(self, running: Mapping[int, int]) -> Verdict | None:
         """`running`: the index and id of each process that runs. None: nobody is stuck, as far as is known."""
@@ -37,6 +39,7 @@ class Eye:
         halted = [index for index, pid in running.items() if _state(pid) == "T"]
         self._stopped = {i: self._stopped.get(i, now) for i in halted}
         found = self._seen(running)
+        self.at_work = len(found) == len(running) and all(s.beat.dispatched for s in found)
         late = [i for i, since in self._stopped.items() if 0 < self._alive < now - since]
         if late and not found:  # before its first beat
             return Verdict(tuple(late), f"process {late[0]} was stopped by a signal before it began")

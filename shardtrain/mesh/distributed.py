@@ -7,7 +7,9 @@ import glob
 import logging
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -84,6 +86,8 @@ def init_distributed(
             )
         if not re.fullmatch(r"\S+:\d+", coordinator):
             raise LaunchError(f"'{coordinator}' is not host:port", where="init_distributed", fix="host:1234")
+    if coordinator is not None and process_id:
+        _until_it_listens(coordinator, min(10.0, initialization_timeout / 2))
     try:
         jax.distributed.initialize(
             coordinator,
@@ -110,6 +114,19 @@ def init_distributed(
         f"{found}: process {jax.process_index()} of {jax.process_count()}, "
         f"{jax.local_device_count()} of {jax.device_count()} {jax.devices()[0].platform} devices"
     )
+
+
+def _until_it_listens(coordinator: str, seconds: float) -> None:
+    """Come when the coordinator is there: gRPC, refused once, tries again after a whole second."""
+    host, _, port = coordinator.rpartition(":")
+    until, pause = time.monotonic() + seconds, 0.02
+    while time.monotonic() < until:  # then JAX says what is wrong
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+            return
+        except OSError:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
 
 
 def processes_expected() -> int:

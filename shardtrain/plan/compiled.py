@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
 
 
 def use_compilation_cache() -> None:
-    """Point JAX's persistent compilation cache at the user's cache folder, unless it is set already.
-
-    Its keys get the source lines too: without them a program comes back from the cache with the lines that the code had
-    when it was compiled, and a finding names the wrong one.
-    """
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    """Point JAX's persistent compilation cache at the user's cache folder, unless it is set already."""
     if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "shardtrain" / "xla"))
+
+
+@contextlib.contextmanager
+def _lines_in_key() -> Iterator[None]:
+    """While a program is compiled that is going to be read: without its lines in the key it comes back from the cache with
+    those that the code had when it was compiled, and a finding names the wrong one."""
+    before = jax.config.jax_compilation_cache_include_metadata_in_key
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
 
 
 def _taker(batch: Any) -> Callable[[Any], Any]:
@@ -122,7 +130,9 @@ class Compiled:
         def here(wanted: Mapping[str, Any]) -> tuple[Any, Any, Any]:
             made, trace = jitted(wanted)
             lowered = trace.lower()
-            return made, lowered, lowered.compile()
+            without_callers(lowered.compiler_ir("stablehlo"), __file__)
+            with _lines_in_key():
+                return made, lowered, lowered.compile()
 
         self._jitted: Any
         self.executable: Any

@@ -61,14 +61,18 @@ def without_callers(module: Any, file: str) -> Any:
 
     Who called it is no part of a program: the same step, asked for from another line, is found in the cache.
     """
-    cut: dict[str, Any] = {}
+    cut: dict[Any, Any] = {}
 
     def visit(operation: Any) -> Any:
-        text = str(operation.location)
-        if file in text:
-            if text not in cut:
-                cut[text] = ir.Module.parse("module {} " + _up_to(file, text)).operation.location
-            operation.location = cut[text]
+        where = operation.location
+        if where.attr not in cut:  # as text it takes longer than all else, and many have the same one
+            text = str(where)
+            cut[where.attr] = (
+                ir.Module.parse("module {} " + _up_to(file, text)).operation.location
+                if file in text
+                else where
+            )
+        operation.location = cut[where.attr]
         return ir.WalkResult.ADVANCE
 
     with module.context:

@@ -23,6 +23,8 @@ from shardtrain.watch.ledger import Ledger, read_goodput
 
 log = logging.getLogger("shardtrain")
 EVERY = 0.5  # seconds between beats
+WAITED = "SHARDTRAIN_WAITED"
+"""Variable with the seconds that a process waited before it was given its run (`launch/spares.py`)."""
 LAST_WORDS = 2.0  # seconds before leaving: JAX ends the others when one is gone, and they have to write too
 _WINDOW = 64
 _KEEP = 4  # beats between two writings of ledger and table, and, over hosts, between two looks at the service
@@ -53,7 +55,9 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
     ):
         self.process, self.run = process, run
         self.program = ""
-        self.ledger = Ledger(read_goodput(run) if run is not None else None, again=again, age=_age())
+        self.ledger = Ledger(
+            read_goodput(run) if run is not None else None, again=again, age=_age(environment)
+        )
         self._silence = parse_silence(environment.get(SILENCE, ""), SILENCE)
         folder = environment.get(FOLDER, "")
         self._local = FolderBoard(pathlib.Path(folder)) if folder else None
@@ -199,11 +203,12 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._leave(3)
 
 
-def _age() -> float:
-    """Seconds since this process was started, as the kernel has it; 0 where that is not known."""
+def _age(environment: Mapping[str, str]) -> float:
+    """Seconds since this process was started, or given its run; 0 where that is not known."""
     try:
         fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         uptime = float(pathlib.Path("/proc/uptime").read_text().split()[0])
-        return max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+        alive = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, alive - float(environment.get(WAITED, "0")))
     except (OSError, ValueError, IndexError):
         return 0.0

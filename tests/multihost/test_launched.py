@@ -45,6 +45,26 @@ def test_a_killed_process_costs_nothing(launch, one, folder):
     assert len(set(i % 16 for i in first)) == len(set(i % 16 for i in second)) == 8
 
 
+def test_a_restart_has_its_processes_waiting(launch, one, folder):
+    """They were loaded while the first ones trained, and the time for which they waited is not the run's.
+
+    Failed once with the age of the process taken for the time it took to start.
+    """
+    pace = "slow@step=1:attempt=0:seconds=1.5"
+    done = launch("waiting", "--processes", "2", "--inject", f"{pace},kill@step=7", config="CONFIG:waited")
+    assert done.code == 0 and done.json["restarts"] == 1, done.err[-3000:]
+    first, second = (
+        [(folder / f"reads-waited-{attempt}-{process}").read_text().split() for process in (0, 1)]
+        for attempt in (0, 1)
+    )
+    assert [float(seconds) for _, seconds in first] == [0, 0]
+    assert all(float(seconds) > 1 for _, seconds in second)
+    spent = json.loads((done.output / "goodput.json").read_text())
+    assert spent["wall_seconds"] < sum(a["seconds"] for a in done.json["attempts"]) + 1
+    assert spent["parts"]["restart"] < done.json["attempts"][1]["seconds"] + 1
+    assert done.curve("ids") == one.curve("ids") and done.curve() == pytest.approx(one.curve(), rel=1e-6)
+
+
 def test_the_coordinator_listens_where_it_was_told(launch, folder):
     """On the loopback address alone. Failed once with JAX's own default, all of them."""
     if not (folder / "reads-listening-2-0").exists():

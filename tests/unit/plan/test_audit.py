@@ -120,6 +120,22 @@ def fresh_cache(tmp_path):
     compilation_cache.reset_cache()
 
 
+def test_who_compiles_is_no_part_of_the_key(fresh_cache):
+    """A step asked for from two lines is one program in JAX's cache, and so are the little ones around it.
+
+    Failed once with every frame in the key: a process that is started in another way compiled everything anew.
+    """
+
+    def kept(plan):
+        plan.compile()
+        plan.init(0)
+        return {file.name for file in (fresh_cache / "xla").iterdir() if file.name.endswith("-cache")}
+
+    first = kept(make())
+    again = kept(make())
+    assert len(first) > 1 and again == first
+
+
 def test_lines_are_those_of_today(fresh_cache):
     """The same model three lines further down, and a program from JAX's cache. Failed once: the program came back with
     the lines that the code had when it was compiled."""
