@@ -276,7 +276,8 @@ class Attempt:
     def _failure(self, asked: int) -> Ended:
         order = [p.index for p in self._processes if p.popen.poll() not in (None, DONE, INTERRUPTED)]
         until = time.monotonic() + _WITNESSES
-        while time.monotonic() < until:
+        # of one that was killed there is no doubt
+        while time.monotonic() < until and all(_blame(self._processes[i].popen.returncode) for i in order):
             order += [
                 p.index for p in self._processes if p.index not in order and p.popen.poll() not in (None, 0)
             ]
