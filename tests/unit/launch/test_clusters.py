@@ -151,6 +151,7 @@ def test_sixteen_hosts_of_eight_gpus(each, monkeypatch):
 
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: joined.append((a, k)))
+    monkeypatch.setattr(distributed, "_until_it_listens", lambda *_: None)
     monkeypatch.setattr(jax, "device_count", lambda *_: total)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     job = Job(("x",), hosts=16, processes_per_host=each, devices_per_process=8 // each)

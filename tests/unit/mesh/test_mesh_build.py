@@ -95,6 +95,7 @@ def joined(monkeypatch):
         ):
             monkeypatch.delenv(name)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr("shardtrain.mesh.distributed._until_it_listens", lambda *_: None)
     return calls
 
 
