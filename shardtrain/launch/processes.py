@@ -266,12 +266,9 @@ class Attempt:
             # not while they start: the processors are theirs
             started = eye.at_work if eye is not None else time.monotonic() > began + _STARTED
             if started and self._waiting is not None and not signals.asked:
-                self._prepare(self._waiting)
+                self._waiting.fill([(s.command, s.environment) for s in self._starts])
+                self._waiting = None
             time.sleep(_POLL)
-
-    def _prepare(self, waiting: spares.Spares) -> None:
-        for index, start in enumerate(self._starts):
-            waiting.fill(index, start.command, start.environment)
 
     def _failure(self, asked: int) -> Ended:
         order = [p.index for p in self._processes if p.popen.poll() not in (None, DONE, INTERRUPTED)]

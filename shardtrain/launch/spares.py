@@ -37,8 +37,8 @@ def _child(
 class Spares:
     """One for each process of the next attempt, by its index; leaving the block ends those that wait.
 
-    Each has the memory of its imports (about 200 MB), and neither devices nor a connection. What is imported
-    is as old as the spare: a library that is exchanged under a run counts from the restart after next.
+    Each has the memory of its imports (100 MB beyond what they share), and neither devices nor a connection. What is
+    imported is as old as the spare: a library that is exchanged under a run counts from the restart after next.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,17 @@ class Spares:
             _end(spare)
         self._waiting.clear()
 
-    def fill(self, index: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Have one wait, where there is none. `environment`: as of now; JAX reads some of it when it is imported."""
-        if index in self._waiting or tuple(command[1:3]) != ("-m", "shardtrain") or command[3] not in _SERVED:
-            return
-        with contextlib.suppress(OSError):  # no memory for it: the next start is one like the first
-            self._waiting[index] = _child(IMPORTS, environment, subprocess.PIPE, "--wait")
+    def fill(self, starts: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+        """Have one wait for each command with its environment (as of now; JAX reads some of it when it is imported)."""
+        for index in [
+            i for i in self._waiting if i >= len(starts)
+        ]:  # there are fewer processes than there were
+            _end(self._waiting.pop(index))
+        for index, (command, environment) in enumerate(starts):
+            ours = tuple(command[1:3]) == ("-m", "shardtrain") and command[3] in _SERVED
+            if ours and index not in self._waiting:
+                with contextlib.suppress(OSError):  # no memory for it: the next start is one like the first
+                    self._waiting[index] = _child(IMPORTS, environment, subprocess.PIPE, "--wait")
 
     def take(
         self, index: int, command: Sequence[str], environment: Mapping[str, str]

@@ -52,7 +52,7 @@ def test_it_becomes_what_a_start_would_be(command):
     """
     waited = {"JAX_PROCESS_ID": "1", "SHARDTRAIN_ATTEMPT": "0"}
     with spares.Spares() as waiting:
-        waiting.fill(1, command, waited)
+        waiting.fill([(("x",), {}), (command, waited)])
         pid = waiting._waiting[1].pid
         assert until(lambda: name(pid) == child.WAITING)
         assert waiting.take(0, command, waited) is None
@@ -70,31 +70,31 @@ def test_it_becomes_what_a_start_would_be(command):
 def test_only_for_our_own_runs(command):
     """A script of one's own may have been started for anything: it starts as it did."""
     with spares.Spares() as waiting:
-        waiting.fill(0, (sys.executable, "script.py", "train"), {})
-        waiting.fill(0, (sys.executable, "-m", "shardtrain", "verify", "x"), {})
+        script = (sys.executable, "script.py", "train")
+        waiting.fill([(script, {}), ((sys.executable, "-m", "shardtrain", "verify", "x"), {})])
         assert not waiting._waiting
 
 
 def test_one_that_died_is_not_taken(command):
     """Killed for its memory, say. The fault in mind: an attempt that waits for a process that is no more."""
     with spares.Spares() as waiting:
-        waiting.fill(0, command, {})
-        spare = waiting._waiting[0]
+        waiting.fill([(command, {}), (command, {})])
+        spare, second = waiting._waiting[0], waiting._waiting[1]
         spare.kill()
         assert until(lambda: gone(spare.pid))
-        waiting.fill(0, command, {})
-        assert waiting._waiting[0] is spare  # not again and again
+        waiting.fill([(command, {})])  # one process less
+        assert waiting._waiting == {0: spare} and until(lambda: gone(second.pid))
         assert waiting.take(0, command, {}) is None
 
 
 def test_none_is_left(command):
     """When the launcher is done, and when it is killed. Failed once without the kernel's signal."""
     with spares.Spares() as waiting:
-        waiting.fill(0, command, {})
+        waiting.fill([(command, {})])
         pid = waiting._waiting[0].pid
     assert gone(pid)
     code = (
-        f"from shardtrain.launch import spares; import time; s = spares.Spares(); s.fill(0, {command!r}, {{}}); "
+        f"from shardtrain.launch import spares; import time; s = spares.Spares(); s.fill([({command!r}, {{}})]); "
         "print(s._waiting[0].pid, flush=True); time.sleep(60)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
