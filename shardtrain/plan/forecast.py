@@ -83,8 +83,8 @@ class Forecast:
     """Of one plan on one target. `flops`: per device and step, by `flops_source`; `model_flops`: those that MFU counts.
 
     `refused`: what the compiler said where it did not take the program. `sent`: bytes, by `source`.
-    `placement`: where each parameter lives, see `layout.placement`. `recomputed`: FLOPs that the compiler adds, by running
-    products again where memory is short (XLA on GPUs: over about 80% of it).
+    `placement`: where each parameter lives, see `layout.placement`. `recomputed`, `resent`: FLOPs and wire bytes that the
+    compiler adds, by running products and collectives again where memory is short (XLA on GPUs: over about 80% of it).
     """
 
     target: Target
@@ -104,6 +104,7 @@ class Forecast:
     flops_source: str
     placement: tuple[Mapping[str, Any], ...]
     recomputed: float = 0.0
+    resent: float = 0.0
 
     @property
     def fits(self) -> bool | None:
@@ -145,6 +146,7 @@ class Forecast:
             "flops": self.flops,
             "flops_source": self.flops_source,
             "flops_recomputed": self.recomputed,
+            "bytes_resent": self.resent,
             "model_flops": self.model_flops,
             "collectives": [
                 {
@@ -180,10 +182,14 @@ class Forecast:
             + (f" ({self.refused})" if self.refused else ""),
             f"{self.bill}\nmemory: {self.bill.source}",
         ]
+        again = []
         if self.recomputed and self.flops:
-            parts.append(
-                f"memory is short: its compiler runs products again, {self.recomputed / self.flops:.1%} more FLOPs"
-            )
+            again.append(f"runs products again, {self.recomputed / self.flops:.1%} more FLOPs")
+        if self.resent:
+            total = sum(s.bytes for s in self.sent)
+            again.append(f"sends again {bytes_text(self.resent)} of {bytes_text(total)}")
+        if again:
+            parts.append(f"memory is short: its compiler {', and '.join(again)}")
         if self.bill.largest:
             live = [(what, bytes_text(size)) for what, size in self.bill.largest[:6]]
             parts.append(table(("largest at the peak", "bytes"), live))
@@ -376,10 +382,10 @@ def of_program(
             made, refused=program.message, source=f"{made.source}; refused by its compiler"
         )
     memory = Memory(program.memory)
-    sent, done, again = made.sent, paper.work, 0.0
+    sent, done, again, resent = made.sent, paper.work, 0.0, 0.0
     if made.target.platform != "cpu":  # which sends in float32 what others send in bf16
         read = hlo.read(program.as_text(), made.mesh)
-        sent, again = totals(read.collectives), read.recomputed
+        sent, again, resent = totals(read.collectives), read.recomputed, read.resent
     if again:
         done = (*done, Work("bf16" if plan.precision == "bf16" else "f32", again, 0.0, 1.0))
     new = dataclasses.replace(
@@ -392,4 +398,5 @@ def of_program(
         cost=cost(made.target, made.mesh, done, sent, bubble(plan), constants, program.source),
         source=program.source,
         recomputed=again,
+        resent=resent,
     )

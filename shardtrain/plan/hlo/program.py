@@ -21,7 +21,8 @@ class Program:
     """What was read.
 
     `flops`: of products, per device and step (see `hlo.flops` for what no text shows); `recomputed`: those of them that the
-    compiler added, since memory was short, by running products again. `computations`: name -> instructions. `times`: runs of
+    compiler added, since memory was short, by running products again; `resent`: wire bytes that it sends again for the same
+    reason, per device and step. `computations`: name -> instructions. `times`: runs of
     each a step, 0 if never. `loops`: trip counts around each, outermost first. `aliases`: numbers of the entry's parameters
     that are written in place. `lines`: instructions, the program's size. `frames`: the program's stack frames by number,
     innermost first.
@@ -30,6 +31,7 @@ class Program:
     collectives: Collectives
     flops: float
     recomputed: float
+    resent: float
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
     times: Mapping[str, int | float]
@@ -65,6 +67,7 @@ def read(text: str, mesh: Any) -> Program:
         collectives=found,
         flops=flops,
         recomputed=_recomputed(module, walk),
+        resent=_resent(found),
         computations=module.computations,
         entry=module.entry,
         times={name: number(walk.times[name]) for name in module.computations},
@@ -92,6 +95,13 @@ def _recomputed(module: Module, walk: Walk) -> float:
             if len(same) > 1:
                 again += (len(same) - 1) * number(walk.times[name]) * inside(same[0], walk.bodies[name])
     return again
+
+
+def _resent(found: Collectives) -> float:
+    copies: dict[tuple[str, str], list[float]] = {}
+    for c in found:
+        copies.setdefault((c.computation, _REMAT.sub("", c.name)), []).append(c.wire_bytes)
+    return sum(sum(same[1:]) for same in copies.values())
 
 
 def collectives(text: str, mesh: Any) -> Collectives:

@@ -265,6 +265,30 @@ ENTRY %main (x: f32[4,4]) -> f32[4,4] {
 """
 
 
+RESENT = """HloModule r
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+ENTRY %main (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  %r.6 = f32[2]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum
+  %r.6.remat = f32[2]{0} reduce-scatter(%x), channel_id=2, replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum
+  %r.7.remat = f32[2]{0} reduce-scatter(%x), channel_id=3, replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum
+  %t = f32[2]{0} add(%r.6.remat, %r.7.remat)
+  ROOT %u = f32[2]{0} add(%r.6, %t)
+}
+"""
+
+
+def test_collectives_that_the_compiler_runs_again():
+    """One of three is a copy of another; the third is alone, whatever it is called. The fault in mind: every `.remat`."""
+    program = hlo.read(RESENT, {"data": 4})
+    assert program.collectives.wire_bytes == 3 * 24 and program.resent == 24
+
+
 def test_products_that_the_compiler_runs_again():
     """Two copies of `p` are its own doing; `q`, of which only a copy is left, runs once and is none.
 

@@ -203,7 +203,18 @@ def test_what_a_compiler_runs_again_takes_time(monkeypatch):
     assert found.recomputed == 2 * size**3
     more = found.recomputed / (TARGET.chip.flops["tf32"] * constants.compute)
     assert found.cost.compute - made.cost.compute == pytest.approx(more)
-    assert "more FLOPs" in str(found)
+    assert "more FLOPs" in str(found) and "sends again" not in str(found)
+    collective = "replica_groups={{0,1,2,3,4,5,6,7}}, use_global_device_ids=true, to_apply=%sum"
+    reduced = "f32[1000]{0} all-reduce(%p), channel_id="
+    text = (
+        "HloModule m\n\n%sum (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n"
+        "  ROOT %s = f32[] add(%a, %b)\n}\nENTRY %e (p: f32[1000]) -> f32[1000] {\n  %p = f32[1000]{0} parameter(0)\n"
+        f"  %d = {reduced}1, {collective}\n  %d.remat = {reduced}2, {collective}\n"
+        "  ROOT %r = f32[1000]{0} add(%d, %d.remat)\n}\n"
+    )
+    found = of_program(made, PROGRAM, paper, constants, plan)
+    assert found.resent == 7000 and found.as_json()["bytes_resent"] == 7000
+    assert "its compiler sends again 6.8 KiB of 13.7 KiB" in str(found)
 
 
 def test_space():
