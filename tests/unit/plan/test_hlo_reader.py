@@ -274,13 +274,13 @@ RESENT = """HloModule r
 }
 ENTRY %main (x: f32[8]) -> f32[2] {
   %x = f32[8]{0} parameter(0)
-  %r.6 = f32[2]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum
-  %r.6.remat = f32[2]{0} reduce-scatter(%x), channel_id=2, replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum
-  %r.7.remat = f32[2]{0} reduce-scatter(%x), channel_id=3, replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum
+  %r.6 = f32[2]{0} reduce-scatter(%x), channel_id=1, GROUPS
+  %r.6.remat = f32[2]{0} reduce-scatter(%x), channel_id=2, GROUPS
+  %r.7.remat = f32[2]{0} reduce-scatter(%x), channel_id=3, GROUPS
   %t = f32[2]{0} add(%r.6.remat, %r.7.remat)
   ROOT %u = f32[2]{0} add(%r.6, %t)
 }
-"""
+""".replace("GROUPS", "replica_groups={{0,1,2,3}}, use_global_device_ids=true, dimensions={0}, to_apply=%sum")
 
 
 def test_collectives_that_the_compiler_runs_again():
