@@ -3,7 +3,7 @@
     python benchmarks/goodput.py [--minutes 20] [--kill-every 300] [--processes 2] [--config configs/gpt.py:tiny] [WORDS OF train]
 
 `shardtrain launch local` trains until it is asked to stop; every so many seconds of that a random process is killed (SIGKILL), and
-the launcher starts all again from the last commit. Goodput is the run's own: compute and evaluations over the wall clock of
+the launcher starts all again from the last commit. A run of two steps before has prepared the data and filled JAX's cache of programs. Goodput is the run's own: compute and evaluations over the wall clock of
 all attempts, `RUN/goodput.json`. `unaccounted`: the launcher's own clock, less what is after the last attempt's last word,
 against the sum of the ledger's parts.
 """
@@ -36,15 +36,26 @@ def run(
 ) -> dict[str, Any]:
     rng = random.Random(seed)
     output = folder / "run"
-    train = [config, "--output", str(output), "--steps", "1000000", "--optimizer.decay", "constant"]
-    train += ["--monitor.tensorboard", "false", "--eval-every", "0", *more]
+    train = [
+        config,
+        "--optimizer.decay",
+        "constant",
+        "--monitor.tensorboard",
+        "false",
+        "--eval-every",
+        "0",
+        *more,
+    ]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     options = ["--processes", str(processes), "--max-restarts", "1000"]
+    before = Launch([options], [*train, "--steps", "2", "--output", str(folder / "before")], cache)
+    if before.end(300.0).get("exit") != 0:
+        raise SystemExit("\n".join(line for _, _, line in before.lines[-20:]))
     began, wall = time.monotonic(), time.time()
-    job = Launch([options], train, cache)
+    job = Launch([options], [*train, "--steps", "1000000", "--output", str(output)], cache)
     recovered = []
     try:
         end, due = began + 60 * minutes, began + kill_every

@@ -26,6 +26,7 @@ from shardtrain.mesh import gathered, wait_for_all
 from shardtrain.models import LanguageModel, generate
 from shardtrain.monitor import WandbWriter, loss_svg, sparkline, write_report
 from shardtrain.plan.fit import Run, fit_plan
+from shardtrain.plan.hlo import HloError
 from shardtrain.watch import goodput_lines, read_goodput, read_table, table_lines
 
 FREE = (
@@ -83,7 +84,7 @@ def train(
 
         def on_plan(made: Any, step: Any) -> None:
             memory = step.memory()
-            started.update(plan=str(made), memory=memory, collectives=str(step.collectives()))
+            started.update(plan=str(made), memory=memory, step=step)
             say(f"{made}\n\n{memory}\n")
             if not (path / "config.json").exists():
                 _write_config(path, dataclasses.replace(config, groups=made.groups))
@@ -251,6 +252,14 @@ def sample(run_model: Any, text: Any, config: RunConfig, seed: int = 0) -> str:
     return str(tokenizer.decode(ids.tolist()))
 
 
+def _sent(step: Any) -> str:
+    """What the step sends, for the report; a program that cannot be read trains all the same."""
+    try:
+        return str(step.collectives())
+    except HloError as error:
+        return f"not known: {error}"
+
+
 def _sum_up(
     run: Run,
     config: RunConfig,
@@ -286,7 +295,7 @@ def _sum_up(
         facts=facts,
         memory=started.get("memory"),
         layout=started.get("plan", ""),
-        collectives=started.get("collectives", ""),
+        collectives=_sent(started["step"]) if started else "",
         sample=text,
     )
     if text:

@@ -110,7 +110,12 @@ def _runs(block: Block, times: Fraction, loops: tuple[int, ...], known: dict[int
         if op.name == "while":
             trips = trip_count(op, known)
             if trips is None and any(map(_matters, op.blocks)):
-                raise HloError(f"a loop at {op.source or 'an unknown line'} runs an unknown number of times")
+                raise HloError(
+                    "a loop runs an unknown number of times",
+                    where=op.source or "an unknown line",
+                    why="it holds collectives or products, which cannot be counted then",
+                    fix="a scan or fori_loop over a known number; it trains as it is",
+                )
             trips = 1 if trips is None else trips
             yield from _runs(op.blocks[1], times * trips, (*loops, trips), _passed(op, known))
         elif op.blocks:

@@ -127,7 +127,7 @@ def _partitioned(
     try:
         plan, flops = make(entry.candidate, entry.remat)
         paper = partition(plan, target)
-    except (ShardTrainError, HloError) as error:
+    except ShardTrainError as error:
         return dataclasses.replace(entry, tier="dropped", why=str(error).splitlines()[0])
     papers[entry.name] = plan, paper
     found = forecast(plan, target, constants=constants, model_flops=flops, paper=paper)

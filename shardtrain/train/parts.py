@@ -176,6 +176,7 @@ def over_groups(
     if groups.shape[0] == 1:
         return function(groups[0], jax.tree.map(lambda x: x[0], rows))
 
+    function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
     first = jax.eval_shape(function, groups[0], jax.tree.map(lambda x: x[0], rows))
     zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, _accumulator(s.dtype)), first), parts.axes)
 

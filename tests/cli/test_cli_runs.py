@@ -308,6 +308,49 @@ def run():
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+def test_a_loop_of_unknown_length(config, tmp_path, shardtrain):
+    """It cannot be counted, which is no reason not to train it; whoever asks for the count is told.
+
+    Failed once: `train` ended before its first step with the reader's own error.
+    """
+    file = tmp_path / "mine.py"
+    file.write_text(
+        '''
+import dataclasses
+import jax, jax.numpy as jnp, optax, shardtrain as st
+from flax import nnx
+from shardtrain.config import custom, load_config
+
+class Settled(nnx.Module):
+    def __init__(self, rngs):
+        self.table = nnx.Embed(384, 16, rngs=rngs)
+        self.head = nnx.Linear(16, 384, rngs=rngs)
+    def __call__(self, tokens):
+        x = self.table(tokens)
+        still = lambda c: jnp.abs(c).max() > 1e-3
+        scale = jax.lax.while_loop(still, lambda c: c @ jnp.eye(16) * 0.5, jax.lax.stop_gradient(x[0]))
+        return self.head(x + scale.mean())
+
+def loss_fn(model, batch, rngs):
+    each = optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"]), batch["targets"])
+    return st.Loss((each * batch["weights"]).sum(), batch["weights"].sum())
+
+def run():
+    base = load_config("'''
+        + config
+        + """")
+    mesh = dataclasses.replace(base.mesh, data=8, fsdp=1, tensor=1)
+    return dataclasses.replace(base, model=custom(Settled, loss_fn), mesh=mesh)
+"""
+    )
+    code, _, err = shardtrain("train", f"{file}:run", "--steps", "2", "--optimizer.decay", "constant")
+    assert code == 0, err
+    assert "unknown number of times" in (tmp_path / "run" / "report.html").read_text()
+    for command in ("audit", "plan"):
+        code, _, err = shardtrain(command, f"{file}:run")
+        assert code == 2 and "unknown number of times" in err and "Traceback" not in err, (code, err)
+
+
 def test_help(shardtrain):
     """Every command has one. The fault in mind: a `%` in a help text."""
     from shardtrain.cli import COMMANDS

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from shardtrain.errors import ShardTrainError
 from shardtrain.plan.lines import user_line
 
 Frame = tuple[str, int, str]
@@ -21,7 +22,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
 
 
-class HloError(ValueError):
+class HloError(ShardTrainError):
     """The text says something that the reader does not understand; a count from it would be wrong."""
 
 

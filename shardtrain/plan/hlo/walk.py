@@ -69,8 +69,9 @@ class Walk:
                 trips = trip_count(self.bodies, name, instruction, arguments)
                 if trips is None:
                     raise HloError(
-                        f"loop {instruction.name} in {name} runs an unknown number of times; "
-                        "it holds collectives or products"
+                        f"loop {instruction.name} in {name} runs an unknown number of times",
+                        why="it holds collectives or products, which cannot be counted then",
+                        fix="a scan or fori_loop over a known number; it trains as it is",
                     )
                 body = instruction.attribute("body")
                 known = known_state(self.bodies, name, instruction, arguments)

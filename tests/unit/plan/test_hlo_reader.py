@@ -151,7 +151,7 @@ def test_guards(mesh):
     assert "known_trip_count" in text
     plain = text.replace("known_trip_count", "unknown")
     assert collectives(plain, mesh).by_axis() == collectives(text, mesh).by_axis()  # read off the condition
-    with pytest.raises(ValueError, match="unknown number of times"):
+    with pytest.raises(HloError, match="unknown number of times"):
         collectives(plain.replace("direction=LT", "direction=EQ"), mesh)
     with pytest.raises(ValueError, match="not reached"):
         collectives(text.replace("body=", "bodi="), mesh)
@@ -160,7 +160,7 @@ def test_guards(mesh):
         collectives(re.sub(rf"(?m)^(%{re.escape(body)} .*) -> ", r"\1 => ", text), mesh)
     with pytest.raises(HloError, match=r"all-reduce-by-magic in .* looks like a collective"):
         collectives(text.replace(" all-reduce(", " all-reduce-by-magic("), mesh)
-    with pytest.raises(ValueError, match="unknown number of times"):
+    with pytest.raises(HloError, match="unknown number of times"):
         # a loop that ends on a value of the data
         until = lambda x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: jax.lax.psum(c, "tensor"), x)
         compiled(mesh, until)
