@@ -3,9 +3,9 @@
     python benchmarks/goodput.py [--minutes 20] [--kill-every 300] [--processes 2] [--config configs/gpt.py:tiny] [WORDS OF train]
 
 `shardtrain launch local` trains until it is asked to stop; every so many seconds of that a random process is killed (SIGKILL), and
-the launcher starts all again from the last commit. A run of two steps before has prepared the data and filled JAX's cache of programs. Goodput is the run's own: compute and evaluations over the wall clock of
-all attempts, `RUN/goodput.json`. `unaccounted`: the launcher's own clock, less what is after the last attempt's last word,
-against the sum of the ledger's parts.
+the launcher starts all again from the last commit. A run of two steps before has prepared the data and filled JAX's cache of
+programs. Goodput is the run's own: compute and evaluations over the wall clock of all attempts, `RUN/goodput.json`.
+`unaccounted`: the launcher's own clock, less what is after the last attempt's last word, against the sum of the ledger's parts.
 """
 
 from __future__ import annotations
