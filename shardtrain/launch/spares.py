@@ -56,10 +56,9 @@ class Spares:
 
     def fill(self, starts: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
         """Have one wait for each command with its environment (as of now; JAX reads some of it when it is imported)."""
-        for index in [
-            i for i in self._waiting if i >= len(starts)
-        ]:  # there are fewer processes than there were
-            _end(self._waiting.pop(index))
+        for index in range(len(starts), max(self._waiting, default=0) + 1):  # fewer processes than there were
+            if index in self._waiting:
+                _end(self._waiting.pop(index))
         for index, (command, environment) in enumerate(starts):
             ours = tuple(command[1:3]) == ("-m", "shardtrain") and command[3] in _SERVED
             if ours and index not in self._waiting:

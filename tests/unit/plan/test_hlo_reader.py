@@ -153,7 +153,7 @@ def test_guards(mesh):
     assert collectives(plain, mesh).by_axis() == collectives(text, mesh).by_axis()  # read off the condition
     with pytest.raises(HloError, match="unknown number of times"):
         collectives(plain.replace("direction=LT", "direction=EQ"), mesh)
-    with pytest.raises(ValueError, match="not reached"):
+    with pytest.raises(HloError, match="not reached"):
         collectives(text.replace("body=", "bodi="), mesh)
     body = re.search(r"body=%([\w.\-]+)", text).group(1)
     with pytest.raises(HloError, match="1 collectives in the text, 0 parsed"):
