@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,18 +73,31 @@ def finish(pending: Pending, board: ServiceBoard | None) -> None:
 
 
 def release(pending: Pending) -> None:
-    """Where a save has failed: come to its barriers, where others would wait for minutes with their copy of the state.
+    """Where a save has failed, on every process: once Orbax has given up here, come to its barriers in its place, where
+    others would wait for minutes with their copy of the state.
 
-    Not for those others: who comes twice to one barrier waits for ever.
+    Beside all else: the first to come to a barrier decides how long it stands, which may be those minutes. And not before:
+    who comes twice to one barrier waits for ever. Where one process failed, the first one's Orbax fails after it, as its
+    folder is gone.
     """
     number = getattr(pending, "_operation_id", None)
     everyone = set(range(jax.process_count()))
-    for operation, name in _BARRIERS:
-        with contextlib.suppress(Exception):  # one to which they will not come
-            meeting = ocp.multihost.sync_global_processes(
-                name.format(number), operation_id=operation.format(number), timeout=1, processes=everyone
-            )
-            asyncio.run(meeting)
+
+    def come() -> None:
+        try:
+            pending.result()
+        except Exception:
+            for operation, name in _BARRIERS:
+                with contextlib.suppress(Exception):  # one to which they will not come
+                    meeting = ocp.multihost.sync_global_processes(
+                        name.format(number),
+                        operation_id=operation.format(number),
+                        timeout=1,
+                        processes=everyone,
+                    )
+                    asyncio.run(meeting)
+
+    threading.Thread(target=come, name="release", daemon=True).start()
 
 
 def load(path: Path, abstract: Mapping[tuple[str, ...], jax.ShapeDtypeStruct], *, partial: bool) -> Tree:

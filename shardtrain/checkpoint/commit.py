@@ -42,15 +42,10 @@ def together(
     place, process, processes = folder.saving_folder(path, step), jax.process_index(), jax.process_count()
     board = service_board(meeting)
     failure: Exception | None = None
-    stuck = False  # whether others may be waiting for this process in Orbax
     try:
         if isinstance(pending, OSError):
             raise pending
-        try:
-            arrays.finish(pending, board)
-        except Exception as error:
-            stuck = not isinstance(error, arrays.ElsewhereError)
-            raise
+        arrays.finish(pending, board)
         if fault is not None:
             fault()
         if process:
@@ -76,7 +71,7 @@ def together(
             raise OSError("process 0 could not put it in place")
     except Exception as error:
         failure = failure or error
-    if stuck and processes > 1:
+    if failure is not None and processes > 1 and not isinstance(pending, OSError):
         arrays.release(pending)
     if failure is not None:
         raise failure

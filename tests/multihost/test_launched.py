@@ -97,17 +97,22 @@ def test_a_failed_save_is_told_at_one_step(launch):
     assert kept == [6, 8] and len(done.curve()) == 8
 
 
-@pytest.mark.parametrize("which", ["first", pytest.param("second", marks=pytest.mark.slow)])
-def test_a_part_that_cannot_be_written(launch, which):
-    """The other has written its part and waits in a barrier of Orbax, which nobody will come to. Failed once: for 300 s and more
-    at a time (a disk that was full for half a second), and then at the exit, for the thread that still waited."""
+@pytest.mark.parametrize(
+    ("which", "processes"),
+    [("first", 2), pytest.param("second", 2, marks=pytest.mark.slow), pytest.param("second", 4)],
+)
+def test_a_part_that_cannot_be_written(launch, which, processes):
+    """The others have written their parts and wait in a barrier of Orbax, which nobody will come to. Failed once: for 300 s and more
+    at a time (a disk that was full for half a second), and then at the exit, for the thread that still waited. And once more
+    of four processes, where the first one's Orbax gave up after the one that had no room, and two waited for it."""
     pace = "slow@step=1:attempt=all:seconds=0.2"
     config = f"CONFIG:no_room_on_the_{which}"
-    done = launch("room-" + which, "--processes", "2", "--inject", pace, config=config, timeout=120)
+    name, count = f"room-{which}-{processes}", str(processes)
+    done = launch(name, "--processes", count, "--inject", pace, config=config, timeout=120)
     assert done.code == 0 and not done.json["restarts"], done.err[-3000:]
-    logs = [(done.output / "logs" / f"process-{process}.log").read_text() for process in (0, 1)]
+    logs = [(done.output / "logs" / f"process-{process}.log").read_text() for process in range(processes)]
     assert all("step 4: " in log and "could not be written" in log for log in logs), logs
-    assert "could not write its part" in logs[which == "first"]
+    assert all("could not write its part" in log for i, log in enumerate(logs) if i != (which == "second"))
     kept = sorted(int(f.parent.name) for f in (done.output / "checkpoints").glob("*/manifest.json"))
     assert kept == [10, 12] and len(done.curve()) == 12
 
