@@ -45,10 +45,6 @@ def start(path: Path, state: Any) -> Pending:
         return ocp.save_async(path, nested({p: x for p, x in paths(state).items() if x.size}))
 
 
-class ElsewhereError(OSError):
-    """Another process could not write its part."""
-
-
 def finish(pending: Pending, board: ServiceBoard | None) -> None:
     """Wait until this process's part is written.
 
@@ -56,7 +52,7 @@ def finish(pending: Pending, board: ServiceBoard | None) -> None:
         board: where processes say that they could not. Orbax's own barriers wait for those for up to twenty minutes.
 
     Raises:
-        ElsewhereError: another process could not. Any other: what Orbax met here.
+        OSError: another process could not. Any: what Orbax met here.
     """
     if board is None:
         pending.result()
@@ -69,7 +65,7 @@ def finish(pending: Pending, board: ServiceBoard | None) -> None:
             if time.monotonic() - began < _LOOK / 2:  # not ours: something in there took too long
                 raise
         if told := board.all():
-            raise ElsewhereError(told[0])
+            raise OSError(told[0])
 
 
 def release(pending: Pending) -> None:
