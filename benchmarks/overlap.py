@@ -2,8 +2,8 @@
 
     python benchmarks/overlap.py
 
-Needs the extra `aot-tpu`. The GPT of `bytes.py` on v5e:2x4, bf16, compiled with none of the options of
-`shardtrain/plan/options.py`, with all, and with all but one group. `async_share` = wire bytes of collectives that the
+Needs the extra `aot-tpu`. The GPT of `bytes.py`, bf16, compiled with none of the options of
+`shardtrain/plan/options.py` for its chip, with all, and with all but one group. `async_share` = wire bytes of collectives that the
 compiler split into a start and an end (or fused with what runs meanwhile) / wire bytes. Of the products in pieces
 (windowed einsum) every transfer is asynchronous; they send more, see `ratio`. Kept as `benchmarks/results/overlap.json`.
 """
@@ -36,17 +36,23 @@ GROUPS = {
         "xla_tpu_assign_all_reduce_scatter_layout",
     ),
     "no windowed einsum": ("xla_jf_spmd_threshold_for_windowed_einsum_mib",),
+    "SparseCores": tuple(OPTIONS["v5p"]),
 }
-CASES = {
-    "data": "async all-reduce",
-    "fsdp": "reduce-scatter layout",
-    "tensor": "async all-reduce",
-    "tensor_sequence": "no windowed einsum",
-}
+CASES = (
+    ("v5e:2x4", "data", "async all-reduce"),
+    ("v5e:2x4", "fsdp", "reduce-scatter layout"),
+    ("v5e:2x4", "tensor", "async all-reduce"),
+    ("v5e:2x4", "tensor_sequence", "no windowed einsum"),
+    ("v5p:4x4x4", "data", "SparseCores"),
+    ("v5p:4x4x4", "fsdp", "SparseCores"),
+    ("v6e:4x4", "data", "SparseCores"),
+    ("v6e:4x4", "fsdp", "SparseCores"),
+    ("tpu7x:4x4x4", "fsdp", "SparseCores"),
+)
 
 
-def measure(layout: str, name: str, left_out: tuple[str, ...]) -> dict[str, Any]:
-    target, plan = planned(Case("v5e:2x4", "gpt", layout))
+def measure(on: str, layout: str, name: str, left_out: tuple[str, ...]) -> dict[str, Any]:
+    target, plan = planned(Case(on, "gpt", layout))
     step = plan.compile(target=target, options=dict.fromkeys(left_out))
     found = st.audit(step)
     row = {
@@ -63,13 +69,14 @@ def measure(layout: str, name: str, left_out: tuple[str, ...]) -> dict[str, Any]
 
 def main() -> None:
     rows = []
-    for layout, group in CASES.items():
-        rows.append(measure(layout, "none of ours", tuple({**OPTIONS["tpu"], **OPTIONS["v5e"]})))
-        rows.append(measure(layout, f"all but {group}", GROUPS[group]))
-        rows.append(measure(layout, "ours", ()))
+    for target, layout, group in CASES:
+        ours = tuple({**OPTIONS["tpu"], **OPTIONS[st.Target(target).family]})
+        rows.append(measure(target, layout, "none of ours", ours))
+        rows.append(measure(target, layout, f"all but {group}", GROUPS[group]))
+        rows.append(measure(target, layout, "ours", ()))
     result = {
         "formula": "async_share = wire bytes of asynchronous collectives / wire bytes",
-        "options": {**OPTIONS["tpu"], **OPTIONS["v5e"]},
+        "options": {chip: OPTIONS[chip] for chip in ("tpu", "v5e", "v5p", "v6e", "tpu7x")},
         "groups": GROUPS,
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
         "hardware": "compiled without devices",

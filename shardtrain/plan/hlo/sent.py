@@ -40,16 +40,17 @@ def sent(module: Module, walk: Walk, mesh: Mapping[str, int]) -> Collectives:
                 else _slices(instruction, walk, name, mesh)
             )
             # The pieces of one asynchronous collective stand in several fusions, and share channel and shape with its
-            # start: it is sent once.
+            # start: it is sent once. What a SparseCore was handed is whole, and only looks like the next layer's.
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
             key = (one.op, channel.group(1) if channel else "", one.shape)
-            if hidden and channel and key in shared and name not in starts:
+            piece = hidden and channel and not walk.started_whole(name)
+            if piece and key in shared and name not in starts:
                 before = found[shared[key]]
                 fewer = min(before.count, one.count)
                 per_run = one.wire_bytes / one.count
                 found[shared[key]] = dataclasses.replace(before, count=fewer, wire_bytes=per_run * fewer)
                 continue
-            if hidden and channel:
+            if piece:
                 shared[key] = len(found)
             found.append(one)
     return Collectives(found)

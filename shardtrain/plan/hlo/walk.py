@@ -15,6 +15,7 @@ from shardtrain.plan.hlo.text import HloError, Instruction, Module
 MEGASCALE = "_xla_megascale_transfer_type"
 _RUNS = re.compile(r"\d+_fun/runs_(\d+)_of_(\d+)")
 _CALLERS = {"fusion", "call", "custom-call", "conditional", "async-start"}
+_STARTS = ("async-start", "call-start")
 
 
 class Walk:
@@ -82,9 +83,13 @@ class Walk:
                         self.visit(callee, times * (trips + 1), loops, hidden, ())
             else:
                 shares = {c: self._share(c) for c in inner} if instruction.op == "conditional" else {}
-                apart = hidden or instruction.op in ("async-start", "call-start") or _overlapped(instruction)
+                apart = hidden or instruction.op in _STARTS or _overlapped(instruction)
                 for callee in inner:
                     self.visit(callee, times * shares.get(callee, 1), loops, apart, ())
+
+    def started_whole(self, name: str) -> bool:
+        """Whether a computation is what one instruction starts and another ends, so that no piece of it stands elsewhere."""
+        return name in self.callers and self.callers[name][1].op in _STARTS
 
     def _share(self, branch: str) -> Fraction:
         """How often a branch is taken, of all runs: what its trace was named by (`parallel.ticks.runs`), else 1."""

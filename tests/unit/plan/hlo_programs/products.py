@@ -223,3 +223,16 @@ define(
     Row(AR, "data", "bf16", 1, 1024 * 2048 * 2, 2 * (1024 * 2048 * 2) * 1 // 2),
     dtypes=(jnp.bfloat16,), flops=2 * 1024 * 2048 * 2048, targets=("tpu7x",),
 )  # fmt: skip
+
+
+def sparsecore_layers(x: jax.Array) -> jax.Array:
+    """Two sums of one shape in each of five layers: one channel, and each started and ended by itself."""
+    return scan(5, lambda c: jnp.cos(lax.psum(jnp.tanh(lax.psum(jnp.sin(c), "tensor")), "tensor")))(x)
+
+
+define(
+    "sparsecore_twice",
+    M24, [(2048, 1024)], sparsecore_layers,
+    Row(AR, "tensor", "f32", 5, BIG, 5 * (2 * BIG * 3 // 4)), Row(AR, "tensor", "f32", 5, BIG, 5 * (2 * BIG * 3 // 4)),
+    targets=("tpu7x",),
+)  # fmt: skip
