@@ -38,7 +38,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]  # the worker imports this v
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a target's compiler made. `memory`: see `plan.compiled.Memory`. `stderr`: what the compiler said."""
+    """What a target's compiler made. `memory`: see `plan.compiled.Memory`. `stderr`: what the compiler said. `fast`: at a
+    level that schedules nothing."""
 
     target: Target
     text: str
@@ -47,6 +48,7 @@ class Program:
     cpu_seconds: float
     cached: bool
     source: str
+    fast: bool = False
 
     def as_text(self) -> str:
         """Optimized HLO."""
@@ -113,6 +115,7 @@ def compile_for(
         cpu_seconds=result["cpu_seconds"],
         cached=cached,
         source=source,
+        fast=wanted.get("optimization_level") == "O0",
     )
 
 

@@ -237,12 +237,14 @@ def _closed(target: Target, dim: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """`bytes` over `axis` in a step, by `op`, in `count` runs."""
+    """`bytes` over `axes` in a step, by `op`, in `count` runs. `asynchronous`: those of them that something may run beside, as
+    the compiler scheduled it; None where no compiler has."""
 
     op: str
     axes: tuple[str, ...]
     bytes: float
     count: float
+    asynchronous: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,6 +155,7 @@ class Forecast:
                     "link": self._link(s),
                     "count": s.count,
                     "wire_bytes": s.bytes,
+                    "asynchronous_bytes": s.asynchronous,
                     "seconds": self.cost and self.cost.taken.get((s.op, "+".join(s.axes))),
                 }
                 for s in self.sent
@@ -194,11 +195,13 @@ class Forecast:
             live = [(what, bytes_text(size)) for what, size in self.bill.largest[:6]]
             parts.append(table(("largest at the peak", "bytes"), live))
         rows = [
-            ("+".join(s.axes), self._link(s) or "", s.op, f"{s.count:g}", bytes_text(s.bytes))
-            for s in self.sent
+            ("+".join(s.axes), self._link(s) or "", s.op, f"{s.count:g}", bytes_text(s.bytes), _beside(s))
+            for s in sorted(self.sent, key=lambda s: ("+".join(s.axes), s.op))
         ]
         if rows:
-            parts.append(table(("axis", "link", "collective", "runs", "sent"), sorted(rows)))
+            header = ("axis", "link", "collective", "runs", "sent", "asynchronous")
+            columns = len(header) - all(s.asynchronous is None for s in self.sent)
+            parts.append(table(header[:columns], [row[:columns] for row in rows]))
         if self.cost is not None:
             terms = [("compute", self.cost.compute, ""), ("HBM, over compute", self.cost.hbm, "")]
             terms += [(a, self.cost.waited[a], f"of {t:.4g} s") for a, t in self.cost.axes.items()]
@@ -207,6 +210,10 @@ class Forecast:
             speed = f"{self.tokens_per_second:,.0f} tokens/s" + (f", MFU {self.mfu:.1%}" if self.mfu else "")
             parts.append(f"{table(('term', 'waited for', ''), shown)}\n{speed}\nseconds: {self.cost.source}")
         return "\n\n".join(parts)
+
+
+def _beside(sent: Sent) -> str:
+    return "" if sent.asynchronous is None or not sent.bytes else f"{sent.asynchronous / sent.bytes:.0%}"
 
 
 def forecast(
@@ -274,14 +281,19 @@ def _of_paper(
     )
 
 
-def totals(collectives: hlo.Collectives) -> tuple[Sent, ...]:
-    """By axis and kind."""
-    found: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
+def totals(collectives: hlo.Collectives, *, scheduled: bool = False) -> tuple[Sent, ...]:
+    """By axis and kind. `scheduled`: by a compiler, so that it is known what may run beside them."""
+    found: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for c in collectives:
         if c.axes:
-            found[c.op, c.axes][0] += c.wire_bytes
-            found[c.op, c.axes][1] += c.count
-    return tuple(Sent(op, axes, wire, count) for (op, axes), (wire, count) in found.items())
+            wire = c.wire_bytes
+            found[c.op, c.axes] = [
+                a + b for a, b in zip(found[c.op, c.axes], (wire, c.count, c.asynchronous * wire), strict=True)
+            ]
+    return tuple(
+        Sent(op, axes, wire, count, beside if scheduled else None)
+        for (op, axes), (wire, count, beside) in found.items()
+    )
 
 
 def bubble(plan: Plan) -> float:
@@ -385,7 +397,7 @@ def of_program(
     sent, done, again, resent = made.sent, paper.work, 0.0, 0.0
     if made.target.platform != "cpu":  # which sends in float32 what others send in bf16
         read = hlo.read(program.as_text(), made.mesh)
-        sent, again, resent = totals(read.collectives), read.recomputed, read.resent
+        sent, again, resent = totals(read.collectives, scheduled=not program.fast), read.recomputed, read.resent
     if again:
         done = (*done, Work("bf16" if plan.precision == "bf16" else "f32", again, 0.0, 1.0))
     new = dataclasses.replace(

@@ -39,6 +39,15 @@ def test_presets_send_the_least(target, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5p:4x4x4", "v6e:4x4", "tpu7x:4x4x4"])
+def test_what_sparsecores_send(target):
+    """Beside compute, and no more than is due. Without our options none of it on v5p and v6e, and 1.46 of it over three dims."""
+    bench = bytes_benchmark()
+    row = bench.measure(bench.Case(target, "gpt", "fsdp"))
+    assert 0.98 <= row["ratio"] <= 1.02 and row["async_share"] > 0.9, row
+
+
+@pytest.mark.slow
 def test_short_vectors_over_many_chips():
     """Two numbers of a bias for each of 64 chips: the TPU compiler gave up at their reduce-scatter."""
     target = st.Target("v5e:8x8")

@@ -176,7 +176,7 @@ def test_a_dead_compiler_is_one_line(sketcher, monkeypatch):
 class _Program:
     def __init__(self):
         self.memory = {f"{n}_size_in_bytes": 1000 for n in ("argument", "output", "alias", "temp")}
-        self.source = "compiled by nobody"
+        self.source, self.fast = "compiled by nobody", False
 
     def as_text(self):
         return "HloModule m\n\nENTRY %e (p: f32[1]) -> f32[1] {\n  ROOT %p = f32[1]{0} parameter(0)\n}\n"
@@ -215,6 +215,13 @@ def test_what_a_compiler_runs_again_takes_time(monkeypatch):
     found = of_program(made, PROGRAM, paper, constants, plan)
     assert found.resent == 7000 and found.as_json()["bytes_resent"] == 7000
     assert "its compiler sends again 6.8 KiB of 13.7 KiB" in str(found)
+    assert [c["asynchronous_bytes"] for c in found.as_json()["collectives"]] == [0.0]
+    monkeypatch.setattr(_Program, "as_text", lambda self: text.replace("all-reduce(", "all-reduce-start("))
+    found = of_program(made, PROGRAM, paper, constants, plan)
+    assert [s.asynchronous for s in found.sent] == [14000.0] and "100%" in str(found)
+    monkeypatch.setattr(PROGRAM, "fast", True)  # a level that schedules nothing
+    found = of_program(made, PROGRAM, paper, constants, plan)
+    assert [s.asynchronous for s in found.sent] == [None] and "asynchronous" not in str(found)
 
 
 def test_space():
