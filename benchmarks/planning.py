@@ -74,6 +74,10 @@ CASES = [
     ("configs/gpt.py:small", "v5e:2x4", "data8+x16"),
     ("configs/llama.py:b1", "v5e:4x4", "fsdp16+x16"),
     ("configs/moe.py:tiny", "v5e:2x4", "data2-expert2-tensor2"),
+    ("configs/llama.py:b8", "v5p:4x4x4", "fsdp16-tensor4"),
+    ("configs/llama.py:b8", "v6e:8x8", "fsdp64"),
+    ("configs/llama.py:b8", "tpu7x:4x4x4", "fsdp128"),
+    ("configs/moe.py:mixtral_8x7b", "v5p:4x4x4", "fsdp8-expert8"),
     # which their compilers refuse
     ("configs/gpt.py:b175", "v5e:16x16", "fsdp32-tensor8+x48"),
     ("configs/gpt.py:b175", "v5e:16x16", "fsdp32-tensor8+fsdp_tensor_sequence+x48"),

@@ -288,7 +288,8 @@ def totals(collectives: hlo.Collectives, *, scheduled: bool = False) -> tuple[Se
         if c.axes:
             wire = c.wire_bytes
             found[c.op, c.axes] = [
-                a + b for a, b in zip(found[c.op, c.axes], (wire, c.count, c.asynchronous * wire), strict=True)
+                a + b
+                for a, b in zip(found[c.op, c.axes], (wire, c.count, c.asynchronous * wire), strict=True)
             ]
     return tuple(
         Sent(op, axes, wire, count, beside if scheduled else None)
@@ -397,7 +398,11 @@ def of_program(
     sent, done, again, resent = made.sent, paper.work, 0.0, 0.0
     if made.target.platform != "cpu":  # which sends in float32 what others send in bf16
         read = hlo.read(program.as_text(), made.mesh)
-        sent, again, resent = totals(read.collectives, scheduled=not program.fast), read.recomputed, read.resent
+        sent, again, resent = (
+            totals(read.collectives, scheduled=not program.fast),
+            read.recomputed,
+            read.resent,
+        )
     if again:
         done = (*done, Work("bf16" if plan.precision == "bf16" else "f32", again, 0.0, 1.0))
     new = dataclasses.replace(
