@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    from shardtrain.config.devices import start_devices
+    from shardtrain.config.devices import accelerator_files, start_devices
     from shardtrain.mesh import chip_of
 
     start_devices(options.devices)
@@ -34,9 +34,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     problems = [f"{n} is not installed" for n in _PACKAGES[:13] if packages[n] is None and n != "shardtrain"]
     if shutil.disk_usage(os.getcwd()).free < 2**30:
         problems.append(f"less than 1 GiB free in {os.getcwd()}")
-    if devices[0].platform == "cpu" and _accelerator_files():
+    if devices[0].platform == "cpu" and options.devices == "auto" and (files := accelerator_files()):
         problems.append(
-            f"{_accelerator_files()[0]} is there, but JAX sees only CPUs: install an extra such as cuda13 or tpu"
+            f"{files[0][1]} is there, but JAX sees only CPUs: install an extra such as cuda13 or tpu"
         )
     chip = chip_of(devices[0])
     seconds, bandwidth = _sniff(devices)
@@ -71,10 +71,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _accelerator_files() -> list[str]:
-    return [p for p in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0") if os.path.exists(p)]
 
 
 def _sniff(devices: list[Any]) -> tuple[float | None, float | None]:

@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import re
+import sys
 
 from shardtrain.errors import ConfigError
 from shardtrain.mesh import init_distributed, processes_expected, simulate_devices
@@ -45,6 +46,10 @@ def start_devices(name: str) -> str:
         return f"{found} is here and not used: --devices {found} uses it" if found else ""
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
+    elif sys.platform == "linux" and not accelerator() and not jax.config.jax_platforms:
+        # The compilers of absent devices (aot-tpu, aot-gpu) are also their runtimes, and complain at length that none is here.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_platforms", "cpu")
     init_distributed()
     try:
         jax.devices()
@@ -74,6 +79,12 @@ def _of_this_process(count: int) -> int:
 
 def accelerator() -> str:
     """`gpu` or `tpu` if this machine seems to have one; without starting JAX on it."""
-    if glob.glob("/dev/nvidia[0-9]*"):
-        return "gpu"
-    return "tpu" if glob.glob("/dev/accel[0-9]*") else ""
+    return next((kind for kind, _ in accelerator_files()), "")
+
+
+def accelerator_files() -> list[tuple[str, str]]:
+    """(`gpu` or `tpu`, file) for each that drivers have put into /dev."""
+    kinds = {"gpu": ("nvidia[0-9]*", "dxg", "kfd"), "tpu": ("accel[0-9]*", "vfio/[0-9]*")}
+    return [
+        (kind, path) for kind, names in kinds.items() for name in names for path in glob.glob(f"/dev/{name}")
+    ]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardtrain.checkpoint import inspect, newest_durable, newest_intact, versions
-from shardtrain.config.build import build, build_mesh, make_plan
+from shardtrain.config.build import build, build_mesh, make_plan, use_no_devices
 from shardtrain.config.load import load_config
 from shardtrain.config.resolve import device_count, resolve
 from shardtrain.config.run import resume_config, stored
@@ -104,6 +104,7 @@ def dry_run(run: str, new: RunConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: no step, or none that is intact. And what the plan raises on that mesh.
     """
+    use_no_devices()
     place = pathlib.Path(run).absolute() / "checkpoints"
     step, damaged = newest_intact(place)
     there = newest_durable(new.durable) if new.durable else None
