@@ -65,7 +65,7 @@ REPORTS: dict[str, tuple[Any, ...]] = {
     "v6e 70B 256": (LLAMA3_70B, "v6e:16x16", "fsdp256", "full", 2, 8192, 960, False, TIERS.format("trillium")),
     "v6e L2-70B 256": (LLAMA2_70B, "v6e:16x16", "fsdp256", "full", 3, 4096, 900, False, TIERS.format("trillium")),
     "v5p L2-70B 512": (LLAMA2_70B, "v5p:8x8x8", "fsdp512", "qkv", 4, 4096, 692, True, TIERS.format("v5p")),
-    "v5p Mixtral 256": (MIXTRAL, "v5p:8x8x4", "fsdp256", "full", 8, 4096, 2909, False, TIERS.format("v5p")),
+    "v5p Mixtral 256": (MIXTRAL, "v5p:4x8x8", "fsdp256", "full", 8, 4096, 2909, False, TIERS.format("v5p")),
 }  # fmt: skip
 
 

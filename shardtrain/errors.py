@@ -78,7 +78,7 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     close = [k for k in names if len(parts(k)) > 1 and "".join(p[:1] for p in parts(k)) == parts(name)[-1]]
     close = close or difflib.get_close_matches(name, names, n=1)
     first = f"'{close[0]}'" if close else f"one of {', '.join(names)}"
-    return f"{first}, or {otherwise}"
+    return first if otherwise in names else f"{first}, or {otherwise}"
 
 
 def first_line(error: BaseException) -> str:

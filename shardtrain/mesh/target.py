@@ -23,19 +23,23 @@ class _Family:
     kind: str  # JAX's device_kind
     dims: int  # of a topology: TPU chips along each dim, GPU hosts x devices
     per_chip: int = 1  # JAX devices
+    most: int = 0  # chips of a TPU's largest slice
 
 
 _FAMILIES = {
     "v5e": _Family("tpu", "TPU v5 lite", 2),
     "v6e": _Family("tpu", "TPU v6 lite", 2),
-    "v5p": _Family("tpu", "TPU v5", 3),
-    "tpu7x": _Family("tpu", "TPU7x", 3, 2),
+    "v5p": _Family("tpu", "TPU v5", 3, most=6144),
+    "tpu7x": _Family("tpu", "TPU7x", 3, 2, most=9216),
     "a100": _Family("cuda", "NVIDIA A100-SXM4-80GB", 2),
     "h100": _Family("cuda", "NVIDIA H100 80GB HBM3", 2),
     "h200": _Family("cuda", "NVIDIA H200", 2),
     "b200": _Family("cuda", "NVIDIA B200", 2),
     "cpu": _Family("cpu", "cpu", 1),
 }
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
+"""Slices of v5e and v6e, and small ones of v5p and tpu7x. Source: Google Cloud's pages on these chips."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -71,7 +75,9 @@ class Target:
             )
         facts = _FAMILIES[family]
         topology = tuple(int(n) for n in match.group(3).split("x"))
-        if len(topology) != facts.dims or min(topology) < 1 or slices < 1:
+        if min(topology) < 1 or slices < 1:
+            raise MeshError("a dim of 0", where=f"target '{name}'", fix="1 or more of everything")
+        if len(topology) != facts.dims:
             shape = (
                 "x".join(["4"] * facts.dims) if facts.platform == "tpu" else "8" if family == "cpu" else "2x8"
             )
@@ -79,6 +85,15 @@ class Target:
                 f"a shape of {len(topology)} dims, {family} has {facts.dims}",
                 where=f"target '{name}'",
                 fix=f"{family}:{shape}",
+            )
+        if facts.platform == "tpu" and not _made(facts, topology):
+            turned = tuple(sorted(topology))
+            known = _FLAT if facts.dims == 2 else (*_SOLID, "and multiples of 4, rising, such as 4x4x8")
+            shown = ["x".join(map(str, turned))] if _made(facts, turned) else known
+            raise MeshError(
+                "no slice of this shape is made",
+                where=f"target '{name}'",
+                fix=f"{family}:{', '.join(shown)}",
             )
         if slices > 1 and facts.platform != "tpu":
             raise MeshError(
@@ -130,3 +145,10 @@ class Target:
         device = AbstractDevice(device_kind=_FAMILIES[self.family].kind, num_cores=None, platform=platform)
         types = (AxisType.Auto,) * len(shape)
         return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=types, abstract_device=device)
+
+
+def _made(facts: _Family, topology: tuple[int, ...]) -> bool:
+    if "x".join(map(str, topology)) in (_FLAT if facts.dims == 2 else _SOLID):
+        return True
+    cubes = all(n % 4 == 0 for n in topology) and list(topology) == sorted(topology)
+    return facts.dims == 3 and cubes and math.prod(topology) <= facts.most
