@@ -31,6 +31,7 @@ FILE = pathlib.Path(__file__).parent / "results" / "published.json"
 TITAN_H100 = "torchtitan benchmarks/llama3_h100_202412_torchtitan.md"
 TITAN_A100 = "torchtitan docs/performance.md (2024)"
 TIERS = "MaxText docs/reference/models/tiering.md; benchmarks/maxtext_{}_model_configs.py"
+RECIPE_405B = "tpu-recipes training/trillium/Llama3.1-405B-MaxText"
 LLAMA3_8B = ("configs/llama.py:b8", [])
 LLAMA3_70B = ("configs/llama.py:b70", [])
 LLAMA2 = ["--model.vocab=32000", "--model.theta=10000"]
@@ -50,7 +51,21 @@ LLAMA2_13B = (
     ],
 )
 LLAMA2_70B = ("configs/llama.py:b70", LLAMA2)
+LLAMA3_405B = (
+    "configs/llama.py:b70",
+    ["--model.embed=16384", "--model.layers=126", "--model.heads=128", "--model.mlp=53248"],
+)
 MIXTRAL = ("configs/moe.py:mixtral_8x7b", [])
+MIXTRAL_8X22B = (
+    "configs/moe.py:mixtral_8x7b",
+    [
+        "--model.embed=6144",
+        "--model.layers=56",
+        "--model.heads=48",
+        "--model.expert_mlp=16384",
+        "--model.vocab=32768",
+    ],
+)
 
 # name: model, target, layout, remat, rows a device, sequence, tokens/s a device, whether fitted on, source
 REPORTS: dict[str, tuple[Any, ...]] = {
@@ -64,6 +79,11 @@ REPORTS: dict[str, tuple[Any, ...]] = {
     "v6e 8B 256": (LLAMA3_8B, "v6e:16x16", "fsdp256", "full", 4, 8192, 7207, True, TIERS.format("trillium")),
     "v6e 70B 256": (LLAMA3_70B, "v6e:16x16", "fsdp256", "full", 2, 8192, 960, False, TIERS.format("trillium")),
     "v6e L2-70B 256": (LLAMA2_70B, "v6e:16x16", "fsdp256", "full", 3, 4096, 900, False, TIERS.format("trillium")),
+    "v6e 405B 512": (LLAMA3_405B, "2*v6e:16x16", "slice_fsdp2-fsdp256", "full", 1, 8192, 149.5, False, RECIPE_405B),
+    "v6e 8x7B 256": (MIXTRAL, "v6e:16x16", "fsdp256", "full", 12, 4096, 3899, False, TIERS.format("trillium")),
+    "v6e 8x22B 256": (
+        MIXTRAL_8X22B, "v6e:16x16", "fsdp64-expert4", "full", 8, 4096, 1326, False, TIERS.format("trillium")
+    ),
     "v5p L2-70B 512": (LLAMA2_70B, "v5p:8x8x8", "fsdp512", "qkv", 4, 4096, 692, True, TIERS.format("v5p")),
     "v5p Mixtral 256": (MIXTRAL, "v5p:4x8x8", "fsdp256", "full", 8, 4096, 2909, False, TIERS.format("v5p")),
 }  # fmt: skip

@@ -70,11 +70,14 @@ def search(
     able = [e for e, why in zip(alive, cannot, strict=True) if not why]
     if any(cannot):
         notes = (*notes, f"some were sketched alone: {next(filter(None, cannot))}")
-    chosen = _few(able, partitions, objective, usable)
     done: dict[str, Entry] = {}
     papers: dict[str, tuple[Plan, Partitioned]] = {}
-    for entry in chosen:
+    for entry in _few(able, partitions, objective, usable):
         done[entry.name] = _partitioned(entry, target, make, constants, papers)
+    if all(e.fits is False for e in done.values()):  # as many again, of what sketches say does fit
+        left = [e for e in able if e.name not in done and not _too_big(e, usable)]
+        for entry in sorted(left, key=lambda e: e.better("memory"))[:partitions]:
+            done[entry.name] = _partitioned(entry, target, make, constants, papers)
     say(f"{len(done)} partitioned, {time.monotonic() - started:.0f} s")
     entries = [done.get(e.name, e) for e in alive]
     hopeful = sorted((e for e in entries if _may_fit(e)), key=lambda e: e.better(objective))
@@ -84,7 +87,9 @@ def search(
         ):
             done[entry.name] = entry
     entries = [done.get(e.name, e) for e in alive]
-    entries, best = _certified(entries, papers, constants, objective, timeout, certify=bool(compiles))
+    entries, best = _certified(
+        entries, papers, constants, objective, timeout, usable=usable, certify=bool(compiles)
+    )
     entries = _explained(sorted(entries, key=lambda e: _order(e, objective)), best)
     best = None if best is None else next(e for e in entries if e.name == best.name)
     return Search(target, objective, (*entries, *dropped), best, time.monotonic() - started, tuple(notes))
@@ -107,8 +112,10 @@ def _too_big(entry: Entry, usable: float | None) -> bool:
 
 
 def _few(entries: Sequence[Entry], count: int, objective: str, usable: float | None) -> list[Entry]:
-    """The best of those that seem to fit, and the best of each kind; half of the places at most go to kinds."""
-    ordered = sorted(entries, key=lambda e: (_too_big(e, usable), e.better(objective)))
+    """The best of those that seem to fit, then the smallest of the others; half of the places at most go to the best of
+    each kind."""
+    big = lambda e: _too_big(e, usable)  # noqa: E731
+    ordered = sorted(entries, key=lambda e: (big(e), e.better("memory" if big(e) else objective)))
     kinds: dict[frozenset[str], Entry] = {}
     for entry in ordered:
         kinds.setdefault(entry.kind, entry)
@@ -193,13 +200,14 @@ def _certified(
     objective: str,
     timeout: float,
     *,
+    usable: float | None,
     certify: bool,
 ) -> tuple[list[Entry], Entry | None]:
     """The best that fits, compiled as production would; if that refuses it, the next."""
     left = list(entries)
     while True:
         for tiers in (("compiled",), ("partitioned",), ("sketched",)):
-            able = [e for e in left if e.tier in tiers and e.fits is not False]
+            able = [e for e in left if e.tier in tiers and e.fits is not False and not _too_big(e, usable)]
             if able:
                 break
         else:
