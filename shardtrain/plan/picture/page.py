@@ -208,19 +208,25 @@ def _step(found: Found, seconds: Found | None) -> str:
             "so not waited for.",
         )
     timed = any(c.get("seconds") for c in rows)  # without a target nobody knows the links
+    scheduled = any(c.get("asynchronous_bytes") is not None for c in rows)  # by a compiler
     sent = [
         (
             c["axis"],
             c["op"],
             f"{c['count']:,g}",
             bytes_text(c["wire_bytes"]),
+            *((f"{(c['asynchronous_bytes'] or 0) / (c['wire_bytes'] or 1):.0%}",) if scheduled else ()),
             Markup(label(source)),
             *((c.get("link") or "-", seconds_text(c.get("seconds")), Markup(label(step))) if timed else ()),
         )
         for c in rows
     ]
-    header = ("axis", "collective", "runs", "sent", "tier", *(("link", "takes", "tier") if timed else ()))
-    shown += table(header, sent, right=(2, 3, 6)) if sent else tag("p", "Nothing is sent.")
+    header = (
+        *("axis", "collective", "runs", "sent", *(("asynchronous",) if scheduled else ())),
+        *("tier", *(("link", "takes", "tier") if timed else ())),
+    )
+    right = (2, 3, 4, 7) if scheduled else (2, 3, 6)
+    shown += table(header, sent, right=right) if sent else tag("p", "Nothing is sent.")
     return _section("The step and what it sends", shown + _said(source, step), "")
 
 

@@ -129,6 +129,18 @@ def test_the_page_says_what_the_command_says(plan):
     assert not re.search(r"https?:|//[a-z]+\.|@import|\sid=", whole)
 
 
+def test_what_runs_beside(plan):
+    """A column where a compiler has scheduled it, of each collective its own. The fault in mind: one share for all."""
+    known = [
+        c | {"asynchronous_bytes": c["wire_bytes"] * share}
+        for c, share in zip(plan["collectives"], itertools.cycle((0.25, 1.0)), strict=False)
+    ]
+    assert len(known) > 1
+    text = page(plan | {"collectives": known}, "a title")
+    assert "asynchronous" in text and ">25%<" in text and ">100%<" in text
+    assert "asynchronous" not in page(plan, "a title")
+
+
 def test_all_layouts_stand_there(layouts):
     """Also those that were dropped, each with its reason. The fault in mind: only the best five."""
     text = html.unescape(re.sub(r"<[^>]+>", "|", page(layouts, "a search")))
