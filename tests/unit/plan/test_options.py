@@ -1,6 +1,9 @@
 """Compiler options: ours, under what the user says."""
 
+import json
 import logging
+import pathlib
+import re
 
 import pytest
 
@@ -51,3 +54,21 @@ def test_an_option_of_the_user_that_a_compiler_lacks_is_an_error():
 def test_truth_values_are_not_text():
     """The GPU compiler refuses 'true'. Failed once so."""
     assert compile_with(lambda o: o, {"xla_a": "true", "xla_b": "2"}, "cuda") == {"xla_a": True, "xla_b": "2"}
+
+
+def test_the_table_is_what_was_measured():
+    """README against `benchmarks/results/overlap.json`, and that of what was compiled with these options. The fault in mind: a
+    table by hand."""
+    root = pathlib.Path(__file__).parents[3]
+    kept = json.loads((root / "benchmarks" / "results" / "overlap.json").read_text())
+    assert kept["options"] == {chip: OPTIONS[chip] for chip in kept["options"]}
+    found = {(r["target"], r["layout"], r["options"].partition(" ")[0]): r for r in kept["rows"]}
+    number = r"([\d.]+)"
+    pattern = rf"\| (\S+) \| (\w+) \| [^|]+ \| {number}, {number} \| {number}, {number} \|"
+    rows = re.findall(pattern, (root / "README.md").read_text())
+    assert (
+        len(rows) == len({(target, layout) for target, layout, _ in found}) - 1
+    )  # but for the windowed einsum
+    for target, layout, *numbers in rows:
+        pairs = [found[target, layout, which] for which in ("all", "ours")]
+        assert numbers == [f"{r[k]:.{d}f}" for r in pairs for k, d in (("ratio", 3), ("async_share", 2))]
