@@ -188,7 +188,7 @@ def _here(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     from shardtrain.config.build import build, make_plan
     from shardtrain.mesh import Target, chip_of
-    from shardtrain.plan.forecast import bill
+    from shardtrain.plan.bill import bill
     from shardtrain.plan.layout import placement
 
     pieces = build(config)
