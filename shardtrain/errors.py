@@ -77,8 +77,9 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     parts = lambda name: name.rpartition(".")[2].split("_")  # noqa: E731
     close = [k for k in names if len(parts(k)) > 1 and "".join(p[:1] for p in parts(k)) == parts(name)[-1]]
     close = close or difflib.get_close_matches(name, names, n=1)
-    first = f"'{close[0]}'" if close else f"one of {', '.join(names)}"
-    return first if otherwise in names else f"{first}, or {otherwise}"
+    if close:
+        return f"'{close[0]}', or {otherwise}"
+    return f"one of {', '.join(names)}" + (f", or {otherwise}" if otherwise not in names else "")
 
 
 def first_line(error: BaseException) -> str:
