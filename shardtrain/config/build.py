@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -14,6 +13,7 @@ import jax
 import optax
 
 from shardtrain import data as data_room
+from shardtrain.config.devices import use_no_devices
 from shardtrain.config.load import load_name
 from shardtrain.config.resolve import device_count, resolve
 from shardtrain.config.schema import Custom, RunConfig
@@ -74,12 +74,6 @@ def plan_for(name: str, flags: Sequence[str], target: str | None) -> tuple[Plan,
             )
         hardware = Target(f"cpu:{count}")
     return make_plan(config, build(config, build_mesh(config, hardware), data=False)), hardware, notes
-
-
-def use_no_devices() -> None:
-    """Nothing that follows needs a device but this process's CPU."""
-    with contextlib.suppress(RuntimeError):  # started already
-        jax.config.update("jax_platforms", "cpu")
 
 
 def build_text(config: RunConfig) -> Any:

@@ -48,8 +48,7 @@ def start_devices(name: str) -> str:
         jax.config.update("jax_platforms", {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[name])
     elif sys.platform == "linux" and not accelerator() and not jax.config.jax_platforms:
         # The compilers of absent devices (aot-tpu, aot-gpu) are also their runtimes, and complain at length that none is here.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_platforms", "cpu")
+        use_no_devices()
     init_distributed()
     try:
         jax.devices()
@@ -75,6 +74,14 @@ def _of_this_process(count: int) -> int:
             fix=f"--devices cpu:{-(-count // processes) * processes}, or another number of processes",
         )
     return count // processes
+
+
+def use_no_devices() -> None:
+    """Nothing that follows needs a device but this process's CPU."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # started already
+        jax.config.update("jax_platforms", "cpu")
 
 
 def accelerator() -> str:

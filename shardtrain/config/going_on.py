@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardtrain.checkpoint import inspect, newest_durable, newest_intact, versions
-from shardtrain.config.build import build, build_mesh, make_plan, use_no_devices
+from shardtrain.config.build import build, build_mesh, make_plan
+from shardtrain.config.devices import use_no_devices
 from shardtrain.config.load import load_config
 from shardtrain.config.resolve import device_count, resolve
 from shardtrain.config.run import resume_config, stored

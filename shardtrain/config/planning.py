@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from shardtrain.config.build import build, build_mesh, make_plan, use_no_devices
+from shardtrain.config.build import build, build_mesh, make_plan
+from shardtrain.config.devices import use_no_devices
 from shardtrain.config.resolve import resolve
 from shardtrain.config.schema import Custom, MeshSizes, RunConfig
 from shardtrain.errors import ShardTrainError

@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shardtrain.config.build import build, make_plan, use_no_devices
+from shardtrain.config.build import build, make_plan
+from shardtrain.config.devices import use_no_devices
 from shardtrain.config.load import from_json, to_json
 from shardtrain.config.planning import Layout, planned
 from shardtrain.config.schema import Custom, RunConfig
