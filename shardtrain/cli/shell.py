@@ -7,6 +7,7 @@ outside, committed, resumable; 130 a Ctrl-C where there was nothing to save.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pathlib
@@ -120,7 +121,7 @@ def _run(name: str, command: Command, arguments: list[str], asked: Asked) -> int
         options.overrides, options.other = rest, other
         code, result = command.run(options)
     except ShardTrainError as error:
-        code = FAILED if isinstance(error, RunError) else WRONG_INPUT
+        code = FAILED if isinstance(error, RunError) or _no_space(error.__cause__) else WRONG_INPUT
         result = {"error": error.as_json()}
         if debug:
             traceback.print_exc()
@@ -137,10 +138,23 @@ def _run(name: str, command: Command, arguments: list[str], asked: Asked) -> int
     return code
 
 
+def _no_space(error: BaseException | None) -> bool:
+    """A disk or quota that is full may have room later: that is not the input's fault, and launchers try again."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _failed(name: str, error: Exception, debug: bool) -> tuple[int, dict[str, Any]]:
     if debug:
         traceback.print_exc()
-    else:
+    if isinstance(error, OSError) and _no_space(error):
+        full = RunError(
+            str(error.strerror),
+            where=str(error.filename or name),
+            fix="free space there; the same command goes on from what was saved",
+        )
+        print(f"RunError: {full}", file=sys.stderr)
+        return FAILED, {"error": full.as_json()}
+    if not debug:
         frames = traceback.extract_tb(error.__traceback__)
         last = frames[-1] if frames else None
         at = f" ({last.filename}:{last.lineno})" if last else ""
