@@ -78,6 +78,10 @@ CASES = [
     ("configs/llama.py:b8", "v6e:8x8", "fsdp64"),
     ("configs/llama.py:b8", "tpu7x:4x4x4", "fsdp128"),
     ("configs/moe.py:mixtral_8x7b", "v5p:4x4x4", "fsdp8-expert8"),
+    # layers' inputs in the host's memory
+    ("configs/llama.py:b8", "v6e:4x4", "fsdp16+remat:layer_input:offload"),
+    ("configs/llama.py:b8", "v5p:2x2x4", "fsdp4-tensor4+remat:layer_input:offload,qkv:offload"),
+    ("configs/llama.py:b8", "h100:2x8", "fsdp16+remat:layer_input:offload"),
     # which their compilers refuse
     ("configs/gpt.py:b175", "v5e:16x16", "fsdp32-tensor8+x48"),
     ("configs/gpt.py:b175", "v5e:16x16", "fsdp32-tensor8+fsdp_tensor_sequence+x48"),
@@ -95,7 +99,8 @@ def measured(config_name: str, target_name: str, layout: str) -> dict[str, Any]:
 
     target = Target(target_name)
     config, _ = resolve(config_name, [], target.size)
-    plan, _ = planned(Layout(Candidate.parse(layout), None).of(config), target)
+    name, _, remat = layout.partition("+remat:")
+    plan, _ = planned(Layout(Candidate.parse(name), remat or None).of(config), target)
     started = time.process_time()
     paper = partition(plan, target)
     seconds = time.process_time() - started
@@ -124,6 +129,8 @@ def measured(config_name: str, target_name: str, layout: str) -> dict[str, Any]:
         "peak_on_paper": paper.peak,
         "peak_compiled": memory["peak"],
         "error": paper.peak / memory["peak"] - 1,
+        "hosted_on_paper": paper.live.host,
+        "hosted_compiled": memory.get("host", 0),
         "arguments_on_paper": paper.arguments,
         "arguments_compiled": memory["arguments"],
         "flops_on_paper": paper.flops,

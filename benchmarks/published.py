@@ -11,9 +11,9 @@ our best. Kept in `benchmarks/results/published.json`; a miss stays there.
 - `speed_error`: predicted tokens/s of one device / published - 1. MFU is the same times a constant of the report.
 - `over_best`: predicted step of the published layout / that of the search's best.
 
-What they recompute has no exact name here: selective recomputation of single operations is taken as `dots`, of
-whole layers every second as `full`, all but the first products of an MLP as `qkv`, and what they move to the host as
-recomputed: those need not fit here. Their HBM may differ (96 GB at 2.4 TB/s on torchtitan's H100 of 500 W).
+What they recompute has no exact name here on GPUs: selective recomputation of single operations is taken as `dots`, of
+whole layers every second as `full`. What MaxText saves and what it keeps on the host has one: `qkv`, `attention_out`,
+`layer_input`. HBM may differ (96 GB at 2.4 TB/s on torchtitan's H100 of 500 W).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FILE = pathlib.Path(__file__).parent / "results" / "published.json"
 TITAN_H100 = "torchtitan benchmarks/llama3_h100_202412_torchtitan.md"
 TITAN_A100 = "torchtitan docs/performance.md (2024)"
 TIERS = "MaxText docs/reference/models/tiering.md; benchmarks/maxtext_{}_model_configs.py"
-RECIPE_405B = "tpu-recipes training/trillium/Llama3.1-405B-MaxText"
+RECIPE = "tpu-recipes training/trillium/Llama{}"
+KQVO_AWAY = "layer_input:offload,qkv:offload,attention_out:offload"
 LLAMA3_8B = ("configs/llama.py:b8", [])
 LLAMA3_70B = ("configs/llama.py:b70", [])
 LLAMA2 = ["--model.vocab=32000", "--model.theta=10000"]
@@ -64,6 +65,7 @@ MIXTRAL_8X22B = (
         "--model.heads=48",
         "--model.expert_mlp=16384",
         "--model.vocab=32768",
+        "--param-dtype=bf16",
     ],
 )
 
@@ -76,15 +78,23 @@ REPORTS: dict[str, tuple[Any, ...]] = {
     "a100 L2-13B 64": (LLAMA2_13B, "a100:8x8", "fsdp64", "none", 2, 4096, 2162, True, TITAN_A100),
     "a100 L2-13B 64 selective": (LLAMA2_13B, "a100:8x8", "fsdp64", "dots", 2, 4096, 1904, False, TITAN_A100),
     "a100 L2-70B 64": (LLAMA2_70B, "a100:8x8", "fsdp64", "full", 2, 4096, 353, False, TITAN_A100),
-    "v6e 8B 256": (LLAMA3_8B, "v6e:16x16", "fsdp256", "full", 4, 8192, 7207, True, TIERS.format("trillium")),
-    "v6e 70B 256": (LLAMA3_70B, "v6e:16x16", "fsdp256", "full", 2, 8192, 960, False, TIERS.format("trillium")),
-    "v6e L2-70B 256": (LLAMA2_70B, "v6e:16x16", "fsdp256", "full", 3, 4096, 900, False, TIERS.format("trillium")),
-    "v6e 405B 512": (LLAMA3_405B, "2*v6e:16x16", "slice_fsdp2-fsdp256", "full", 1, 8192, 149.5, False, RECIPE_405B),
-    "v6e 8x7B 256": (MIXTRAL, "v6e:16x16", "fsdp256", "full", 12, 4096, 3899, False, TIERS.format("trillium")),
-    "v6e 8x22B 256": (
-        MIXTRAL_8X22B, "v6e:16x16", "fsdp64-expert4", "full", 8, 4096, 1326, False, TIERS.format("trillium")
+    "v6e 8B 256": (LLAMA3_8B, "v6e:16x16", "fsdp256", KQVO_AWAY, 4, 8192, 7207, True, RECIPE.format("3.1-8B-MaxText")),
+    "v6e 70B 256": (
+        LLAMA3_70B, "v6e:16x16", "fsdp256", "layer_input:offload,qkv:offload", 5, 8192, 960, False,
+        RECIPE.format("3.1-70B-MaxText"),
     ),
-    "v5p L2-70B 512": (LLAMA2_70B, "v5p:8x8x8", "fsdp512", "qkv", 4, 4096, 692, True, TIERS.format("v5p")),
+    "v6e L2-70B 256": (
+        LLAMA2_70B, "v6e:16x16", "fsdp256", "qkv:offload", 3, 4096, 900, False, RECIPE.format("2-70B-MaxText")
+    ),
+    "v6e 405B 512": (
+        LLAMA3_405B, "2*v6e:16x16", "slice_fsdp2-fsdp256", "layer_input:offload", 1, 8192, 149.5, False,
+        RECIPE.format("3.1-405B-MaxText"),
+    ),
+    "v6e 8x7B 256": (MIXTRAL, "v6e:16x16", "fsdp256", KQVO_AWAY, 12, 4096, 3899, False, TIERS.format("trillium")),
+    "v6e 8x22B 256": (
+        MIXTRAL_8X22B, "v6e:16x16", "fsdp64-expert4", KQVO_AWAY, 8, 4096, 1326, False, TIERS.format("trillium")
+    ),
+    "v5p L2-70B 512": (LLAMA2_70B, "v5p:8x8x8", "fsdp512", "qkv,attention_out", 4, 4096, 692, True, TIERS.format("v5p")),
     "v5p Mixtral 256": (MIXTRAL, "v5p:4x8x8", "fsdp256", "full", 8, 4096, 2909, False, TIERS.format("v5p")),
 }  # fmt: skip
 

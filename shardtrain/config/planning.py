@@ -12,6 +12,8 @@ from shardtrain.config.resolve import resolve
 from shardtrain.config.schema import Custom, MeshSizes, RunConfig
 from shardtrain.errors import ShardTrainError
 from shardtrain.mesh import Target
+from shardtrain.parallel.remat import HOSTED
+from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.cost import Constants
 from shardtrain.plan.forecast import Forecast, forecast
@@ -149,7 +151,7 @@ def ways_to_fit(
         return WayOut(change, layout, found, before.bill.peak - found.bill.peak, slower)
 
     here = Layout.now(config, target)
-    ones = list(_changes(here, config))
+    ones = list(_changes(here, config, target))
     found: list[WayOut] = []
     rest: list[WayOut] = []
     for changes in ([(c,) for c in ones], [(a, b) for i, a in enumerate(ones) for b in ones[i + 1 :]]):
@@ -182,7 +184,7 @@ def ways_to_fit(
     return sorted(sure, key=lambda way: way.forecast.seconds or 0.0) or nearest
 
 
-def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:
+def _changes(here: Layout, config: RunConfig, target: Target) -> Iterator[tuple[str, Any]]:
     def change(**fields: Any) -> Any:
         return lambda layout: dataclasses.replace(
             layout, candidate=dataclasses.replace(layout.candidate, **fields)
@@ -193,6 +195,8 @@ def _changes(here: Layout, config: RunConfig) -> Iterator[tuple[str, Any]]:
         yield f"--microbatches {c.microbatches * times}", change(microbatches=c.microbatches * times)
     if here.remat not in (None, "full"):
         yield "remat full", lambda layout: dataclasses.replace(layout, remat="full")
+    if here.remat not in (None, HOSTED) and target.platform != "cpu" and c.mesh.get(STAGE, 1) == 1:
+        yield f"remat {HOSTED}", lambda layout: dataclasses.replace(layout, remat=HOSTED)
     if c.mesh.get("tensor", 1) > 1 and c.rules in ("tensor", "fsdp_tensor"):
         yield f"rules {c.rules}_sequence", change(rules=f"{c.rules}_sequence")
     batch = [a for a in ("data", "fsdp") if c.mesh.get(a, 1) > 1]

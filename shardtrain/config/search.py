@@ -18,7 +18,8 @@ from shardtrain.errors import ConfigError
 from shardtrain.mesh import AXES, Target
 from shardtrain.mesh.build import SLOW
 from shardtrain.models import MoEConfig
-from shardtrain.parallel.remat import POLICIES
+from shardtrain.parallel.remat import HOSTED, POLICIES
+from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.candidates import Candidate, space
 from shardtrain.plan.cost import Constants
 from shardtrain.plan.partitioned import partition
@@ -76,7 +77,16 @@ def layouts_for(
     host = target.topology[-1] if target.platform == "cuda" else target.size
     found = space(target.size // target.slices, target.slices, able, config.global_batch, host)
     policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
-    return [(c, remat) for c in found if not axes or set(c.mesh) <= {*SLOW, *axes} for remat in policies]
+    if not isinstance(config.model, Custom) and target.platform != "cpu":
+        policies.append(HOSTED)
+    return [
+        (c, remat)
+        for c in found
+        if not axes or set(c.mesh) <= {*SLOW, *axes}
+        for remat in policies
+        if remat != HOSTED
+        or c.mesh.get(STAGE, 1) == 1  # a stage's backward runs its layers again, and needs no inputs
+    ]
 
 
 def _axes(config: RunConfig) -> set[str]:
@@ -103,7 +113,10 @@ def _sketcher(
     papers = partition(one, target), partition(few(2), target)
     divided = (partition(few(n, context=2), target) for n in (1, 2))
     fields = build(config, target.one_device, data=False).batch
-    return Sketcher(one, papers, fields, target, constants, (next(divided), next(divided)) if ring else None)
+    in_ring = (next(divided), next(divided)) if ring else None
+    return Sketcher(
+        one, papers, fields, target, constants, in_ring, inputs_alone=remat in (POLICIES[-1], HOSTED)
+    )
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ class Chip:
     `usable_bytes`: what a program may take of `hbm_bytes`; seen in the compiler's own refusals on v5e and v6e, on other
     TPUs the same quarter of a GiB less, on GPUs 92% (context of CUDA, buffers of NCCL): an assumption.
     `links`: ICI links, two along each dim of the torus; 0 where a switch joins all devices of a host.
+    `host_bandwidth`: bytes/s between one device and the memory of its host, each way.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Chip:
     links: int = 0
     ici_hop_seconds: float = 1.9e-6
     dcn_hop_seconds: float = 4.0e-6
+    host_bandwidth: float = 15e9
 
     @property
     def usable_bytes(self) -> float:
@@ -42,7 +44,8 @@ class Chip:
 
 
 # Of NCCL's rings over NVLink and network: its table hwLat for LL128, nccl src/graph/tuning.cc. Of ICI: about a microsecond
-# a hop, jax-ml.github.io/scaling-book. Between slices 10 microseconds, an assumption.
+# a hop, jax-ml.github.io/scaling-book. Between slices 10 microseconds, an assumption. To the host: there too, "typically"
+# 15 GB/s of a TPU and 32 of a v6e (tpu7x taken for the same); of GPUs PCIe of 16 lanes, generation 4 on A100, else 5.
 _TORUS: dict[str, Any] = dict(ici_hop_seconds=1e-6, dcn_hop_seconds=10e-6)
 _TPU = "cloud.google.com/tpu/docs/{} (system architecture); DCN per chip: jax-ml.github.io/scaling-book, Hardware"
 CHIPS: dict[str, Chip] = {
@@ -79,6 +82,7 @@ CHIPS: dict[str, Chip] = {
             12.5e9,
             _TPU.format("v6e"),
             links=4,
+            host_bandwidth=32e9,
             **_TORUS,
         ),
         Chip(  # half a chip: JAX sees two devices
@@ -90,6 +94,7 @@ CHIPS: dict[str, Chip] = {
             12.5e9 / 2,
             _TPU.format("tpu7x"),
             links=6,
+            host_bandwidth=32e9,
             **_TORUS,
         ),
         Chip(
@@ -107,6 +112,7 @@ CHIPS: dict[str, Chip] = {
             25 * GIGA,
             "NVIDIA A100 80GB SXM datasheet; NVLink 600 GB/s both ways; one 200 Gbit/s adapter per GPU (DGX A100)",
             "8.0",
+            host_bandwidth=32e9,
         ),
         Chip(
             "h100",
@@ -124,6 +130,7 @@ CHIPS: dict[str, Chip] = {
             50 * GIGA,
             "NVIDIA H100 SXM datasheet (dense); NVLink 900 GB/s both ways; one 400 Gbit/s adapter per GPU (DGX H100)",
             "9.0",
+            host_bandwidth=64e9,
         ),
         Chip(
             "h200",
@@ -141,6 +148,7 @@ CHIPS: dict[str, Chip] = {
             50 * GIGA,
             "NVIDIA H200 SXM datasheet (dense); NVLink 900 GB/s both ways; one 400 Gbit/s adapter per GPU (DGX H200)",
             "9.0",
+            host_bandwidth=64e9,
         ),
         Chip(
             "b200",
@@ -158,6 +166,7 @@ CHIPS: dict[str, Chip] = {
             50 * GIGA,
             "NVIDIA HGX B200 datasheet (dense); NVLink 1.8 TB/s both ways; one 400 Gbit/s adapter per GPU (DGX B200)",
             "10.0",
+            host_bandwidth=64e9,
         ),
     )
 }

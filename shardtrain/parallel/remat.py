@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import device_of
@@ -19,8 +20,10 @@ from shardtrain.sharding import context
 
 GATHERED = "gathered"  # weights that `gather` made whole: never saved, gathered again in the backward
 REDUCED = "reduced"  # results of a collective of the forward: replaying them would send them again
+LAYER_INPUT = "layer_input"  # what a stack gives each layer
 POLICIES = ("none", "dots", "full")
 OFFLOAD = "offload"
+HOSTED = f"{LAYER_INPUT}:{OFFLOAD}"  # as `full`, and even the inputs of layers are elsewhere
 
 
 # Moving and converting values is cheap; saving what it makes of a gathered weight would keep the weight.
@@ -79,8 +82,8 @@ def policy(name: str) -> Callable[..., bool]:
 
     `none`: save everything but gathered weights. `dots`: save matrix products without a batch dim.
     `full`: save only the input of the block and what came out of a collective.
-    `a,b`: as `full`, and the values that the model named `a` and `b` (our blocks name `qkv`, `mlp_up`). `a,b:offload`: as
-    that, and `b` waits for the backward in the memory of the host.
+    `a,b`: as `full`, and the values that the model named `a` and `b` (our blocks name `qkv`, `attention_out`, `mlp_up`; stacks
+    `layer_input`, which is saved in any case). `a,b:offload`: as that, and `b` waits for the backward in the memory of the host.
 
     Raises:
         ConfigError: a list of nothing, another word after the colon, `offload` for devices that have no other memory.
@@ -157,12 +160,21 @@ def remat(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return jax.checkpoint(function, policy=policy(name))
 
 
+def _with_named_input(body: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def named(x: Any, layer: Any) -> tuple[Any, Any]:
+        return body(jax.tree.map(lambda leaf: checkpoint_name(leaf, LAYER_INPUT), x), layer)
+
+    return named
+
+
 def over_layers(
     body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: Any, name: str
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` of `body` under the named policy. A loop keeps forward and backward apart; one layer gets none, since XLA
     would unroll it, and barriers, since XLA would merge what the backward runs again with the forward.
     """
+    if LAYER_INPUT in name:
+        body = _with_named_input(body)
     if jax.tree.leaves(layers)[0].shape[0] > 1:
         return jax.lax.scan(jax.checkpoint(body, policy=policy(name), prevent_cse=False), x, layers)
     x, made = remat(body, name)(x, jax.tree.map(lambda leaf: leaf[0], layers))

@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from shardtrain.parallel.fsdp import reduce_scatter
 from shardtrain.parallel.quantised import COPIES, SUMS, product, quantised
 from shardtrain.parallel.region import free_axes, on_parts
-from shardtrain.parallel.remat import opaque
+from shardtrain.parallel.remat import REDUCED, opaque
 from shardtrain.sharding import context
 from shardtrain.sharding.constrain import enter_block, leave_block, place, spec_of
 
@@ -57,7 +58,8 @@ def row(h: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -> j
         h: [batch, seq, ...]. names: logical axes of the kernel, contracted ones first.
 
     Returns:
-        [batch, seq, embed] as the rules divide the residual stream.
+        [batch, seq, embed] as the rules divide the residual stream. A sum over devices is named `REDUCED`, which every remat
+        policy saves.
 
     Communicates: a reduce-scatter forward and an all-gather backward where the stream is divided, else an all-reduce.
     """
@@ -66,8 +68,10 @@ def row(h: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -> j
     way = None
     if dim is not None:
         way = _way(jax.ShapeDtypeStruct((*h.shape[:2], kernel.shape[-1]), h.dtype), names[dim])
-    if way is None or dim is None:
+    if dim is None:
         return leave_block(product(h, kernel, equation))
+    if way is None:
+        return checkpoint_name(leave_block(product(h, kernel, equation)), REDUCED)
     letter = right[dim]
     split = lambda letters: letters.replace(letter, "z" + letter)  # noqa: E731
     y = product(
@@ -76,7 +80,8 @@ def row(h: jax.Array, kernel: jax.Array, equation: str, *names: str | None) -> j
         f"{split(left)},{split(right)}->z{out}",
         SUMS,
     )
-    return _travel(y, way, False) if way.divided else leave_block(jax.lax.reduce_sum(y, (0,)))
+    y = _travel(y, way, False) if way.divided else leave_block(jax.lax.reduce_sum(y, (0,)))
+    return checkpoint_name(y, REDUCED)
 
 
 def collect(y: jax.Array, spec: PartitionSpec, dim: int) -> jax.Array:

@@ -23,9 +23,9 @@ class Bill:
     """Bytes of one device. `parameters`, `optimizer`, `other` (keys, counters, variables) and `batch` are exact.
 
     `gradients`: as accumulated. `saved`: activations that the backward waits for. `temporaries`: all that is made during
-    a step, gradients and saved activations included. `peak`: the most at one time, by `source`. `usable`: of the chip,
-    None where it is not known. `largest`: what is live then, on paper. The state by module (`by_module`), and by the parameter
-    to which it belongs (`held`: part -> path -> bytes).
+    a step, gradients and saved activations included. `host`: what waits in the host's memory, counted nowhere else. `peak`: the
+    most at one time, by `source`. `usable`: of the chip, None where it is not known. `largest`: what is live then, on paper.
+    The state by module (`by_module`), and by the parameter to which it belongs (`held`: part -> path -> bytes).
     """
 
     parameters: float
@@ -41,6 +41,7 @@ class Bill:
     by_module: Mapping[str, float]
     largest: tuple[tuple[str, float], ...]
     source: str
+    host: float = 0.0
 
     @property
     def arguments(self) -> float:
@@ -65,6 +66,7 @@ class Bill:
         ]
         rows += [("peak", bytes_text(self.peak))]
         rows += [("usable", bytes_text(self.usable))] if self.usable is not None else []
+        rows += [("on the host", bytes_text(self.host))] if self.host else []
         return table(("memory", "per device"), rows)
 
 
@@ -107,4 +109,5 @@ def bill(plan: Plan, target: Target, paper: Partitioned | None, source: str) -> 
         if paper is None
         else tuple((f"{b.what} {b.source}".strip(), b.bytes) for b in paper.live.buffers[:12]),
         source=source,
+        host=0.0 if paper is None else paper.live.host,
     )

@@ -202,7 +202,8 @@ class Compiled:
         if self.target is not None:
             return Memory(self.executable.memory)
         analysis = self.executable.memory_analysis()
-        names = [*_FIELDS.values(), *(("peak_memory_in_bytes",) if self.platform == "tpu" else ())]
+        names = [*_FIELDS.values(), "host_temp_size_in_bytes"]
+        names += ["peak_memory_in_bytes"] if self.platform == "tpu" else []
         return Memory({name: getattr(analysis, name) for name in names})
 
     def program(self) -> hlo.Program:
@@ -283,15 +284,18 @@ _FIELDS = {
 
 
 class Memory(dict[str, int]):
-    """Bytes per device: `arguments`, `outputs`, `aliased` (donated), `temporaries`, `peak`.
+    """Bytes per device: `arguments`, `outputs`, `aliased` (donated), `temporaries`, `peak`; `host`: temporaries in the host's.
 
-    Peak is what the compiler says on TPU; elsewhere arguments + outputs - aliased + temporaries.
+    Peak is what the compiler says on TPU; elsewhere arguments + outputs - aliased + temporaries. Of a program with values in the
+    host's memory the TPU compiler says the peak of either memory, whichever is larger: there it is the sum, too.
     """
 
     def __init__(self, sizes: Mapping[str, int]):
         parts = {name: int(sizes[field]) for name, field in _FIELDS.items()}
         total = parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temporaries"]
-        super().__init__(**parts, peak=int(sizes.get("peak_memory_in_bytes", 0)) or total)
+        host = int(sizes.get("host_temp_size_in_bytes", 0))
+        said = 0 if host else int(sizes.get("peak_memory_in_bytes", 0))
+        super().__init__(**parts, peak=said or total, **({"host": host} if host else {}))
 
     def __str__(self) -> str:
         return table(("memory", "per device"), [(k, bytes_text(v)) for k, v in self.items()])

@@ -8,6 +8,7 @@ an axis      bytes sent over it / bandwidth of the links that it crosses, and on
              leaves a host has the host's adapters of its members: k of them, for k members a host.
 overlap      a share of what batch axes and a ring over context send hides behind compute: the gathers and reductions of
              one layer run beside the products of another. What tensor, expert and stage send is waited for.
+host         bytes that wait in the host's memory, there and back, over PCIe; hides as they do.
 bubble       of the schedule as our program runs it (`parallel/timeline.py`), of compute and what is waited for.
 
 The shares are assumptions until they are measured: a file of constants (`Constants.read`, made by `plan/calibrate.py`)
@@ -32,7 +33,8 @@ from shardtrain.mesh.build import SLOW, across_slices
 from shardtrain.parallel.stages import STAGE
 from shardtrain.plan.paper import Work
 
-HIDDEN_AXES = (*SLOW, "data", "fsdp", "context")  # what runs beside compute, if anything does
+HOST = "host"  # stands for an axis in a cost
+HIDDEN_AXES = (*SLOW, "data", "fsdp", "context", HOST)  # what runs beside compute, if anything does
 _FITTED = "compute fitted to published steps on {}"
 REACHED = {
     **dict.fromkeys(("h100", "h200", "b200"), (0.39, _FITTED.format("H100 of 500 W"))),
@@ -293,12 +295,13 @@ def cost(
     bubble: float,
     constants: Constants,
     source: str,
+    hosted: float = 0.0,
 ) -> Cost | None:
     """Seconds of a step; None where no figures of the chip are known.
 
     Args:
         work: of one device. sent: by one device. bubble: share of the stages' time in which they wait.
-        source: of `work` and `sent`.
+        source: of `work` and `sent`. hosted: bytes to the host's memory and back.
     """
     chip = constants.chip or target.chip
     if chip is None:
@@ -322,6 +325,8 @@ def cost(
         name = "+".join(s.axes)
         seconds[name] = seconds.get(name, 0.0) + taken
         by_op[s.op, name] = by_op.get((s.op, name), 0.0) + taken
+    if hosted:
+        seconds[HOST] = by_op["copy", HOST] = hosted / (chip.host_bandwidth * constants.links)
     busy = compute + hbm
     may_hide = {a: t for a, t in seconds.items() if set(a.split("+")) <= set(HIDDEN_AXES)}
     wanted = constants.hidden * sum(may_hide.values())
@@ -334,7 +339,7 @@ def cost(
         axes=seconds,
         waited=waited,
         bubble=inside * bubble / (1 - bubble),
-        links={a: link.name for a, link in crossed.items()},
+        links={a: link.name for a, link in crossed.items()} | ({HOST: "PCIe"} if hosted else {}),
         taken=by_op,
         source=f"estimated: {source}; constants of {chip.name} ({constants.source})",
     )

@@ -221,7 +221,18 @@ def _of_paper(
         flops=flops,
         model_flops=model_flops,
         sent=sent,
-        cost=cost(target, plan.mesh.shape, done, sent, bubble(plan), constants, source) if done else None,
+        cost=cost(
+            target,
+            plan.mesh.shape,
+            done,
+            sent,
+            bubble(plan),
+            constants,
+            source,
+            0.0 if paper is None else paper.hosted,
+        )
+        if done
+        else None,
         tokens=_tokens(plan),
         refused="",
         source=source,
@@ -313,13 +324,17 @@ def of_program(
     if again:
         done = (*done, Work("bf16" if plan.precision == "bf16" else "f32", again, 0.0, 1.0))
     new = dataclasses.replace(
-        made.bill, temporaries=memory["temporaries"], peak=memory["peak"], source=program.source
+        made.bill,
+        temporaries=memory["temporaries"],
+        peak=memory["peak"],
+        host=memory.get("host", 0),
+        source=program.source,
     )
     return dataclasses.replace(
         made,
         bill=new,
         sent=sent,
-        cost=cost(made.target, made.mesh, done, sent, bubble(plan), constants, program.source),
+        cost=cost(made.target, made.mesh, done, sent, bubble(plan), constants, program.source, paper.hosted),
         source=program.source,
         recomputed=again,
         resent=resent,

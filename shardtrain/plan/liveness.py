@@ -2,8 +2,8 @@
 
 Element-wise operations and moves are fused into who reads them. A buffer is made by products, collectives, reductions,
 loops and the like, and where one of those reads a fused value, for as long as such readers remain. A loop's state is one
-buffer each; what a body hands on unchanged, or updates in place, is no second one. XLA reorders, recomputes and pads: an
-estimate, whose error `benchmarks/planning.py` publishes.
+buffer each; what a body hands on unchanged, or updates in place, is no second one. What waits in the host's memory is counted
+apart. XLA reorders, recomputes and pads: an estimate, whose error `benchmarks/planning.py` publishes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
-from shardtrain.plan.paper import Block, Op, Paper
+from shardtrain.plan.paper import Block, Op, Paper, hosted
 
 _FUSED_NAMES = """
 abs add and broadcast_in_dim cbrt ceil clamp compare complex composite convert cosine count_leading_zeros divide
@@ -38,10 +38,13 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """`bytes` at the moment when most is live, arguments not counted; `buffers`: which, largest first."""
+    """`bytes` at the moment when most is live, arguments not counted; `buffers`: which, largest first. `host`: bytes in the
+    host's memory when most is there.
+    """
 
     bytes: float
     buffers: tuple[Buffer, ...]
+    host: float = 0.0
 
     @property
     def saved(self) -> float:
@@ -51,8 +54,12 @@ class Live:
 
 def live(paper: Paper) -> Live:
     """The moment of most memory."""
-    most, buffers = _Walk(paper).block(paper.entry, frozenset(), keep=True)
-    return Live(most, tuple(sorted(buffers, key=lambda b: -b.bytes)))
+    away = hosted(paper)
+    here = {value: 0.0 if value in away else array.bytes for value, array in paper.values.items()}
+    most, buffers = _Walk(paper, here).block(paper.entry, frozenset(), keep=True)
+    there = {value: paper.values[value].bytes if value in away else 0.0 for value in paper.values}
+    host = _Walk(paper, there).block(paper.entry, frozenset(), keep=True)[0] if away else 0.0
+    return Live(most, tuple(sorted(buffers, key=lambda b: -b.bytes)), host)
 
 
 Found = tuple[float, list[Buffer]]
@@ -72,8 +79,10 @@ class _Held:
 
 
 class _Walk:
-    def __init__(self, paper: Paper):
-        self.values = paper.values
+    """`sizes`: bytes of every value in the memory that is looked at."""
+
+    def __init__(self, paper: Paper, sizes: Mapping[int, float]):
+        self.values, self.sizes = paper.values, sizes
 
     def block(self, block: Block, carried: Iterable[int], *, keep: bool) -> Found:
         """Most bytes of what the block makes, over those that were there, and the buffers of that moment.
@@ -88,12 +97,12 @@ class _Walk:
         carried = set(carried)
         for argument in block.takes:
             roots[argument] = ()
-            if argument in carried and self.values[argument].bytes >= SMALL:
-                held[argument] = _Held(self.values[argument].bytes, -1, "", "")
+            if argument in carried and self.sizes[argument] >= SMALL:
+                held[argument] = _Held(self.sizes[argument], -1, "", "")
                 roots[argument] = (argument,)
 
         def make(value: int, at: int, op: Op, **more: bool) -> None:
-            size = self.values[value].bytes
+            size = self.sizes[value]
             roots[value] = (value,) if size >= SMALL else ()
             if size >= SMALL:
                 held[value] = _Held(size, at, f"{op.name} {self.values[value]}", op.source, at, **more)
@@ -115,7 +124,7 @@ class _Walk:
                 lazy[op.makes[0]] = op
                 continue
             # Whoever is not fused reads buffers: those of fused values are made now, and stay for the next such reader.
-            for value in _whole(op):
+            for value in self.whole(op):
                 if value in lazy and not _only_moves(value, lazy):
                     source = lazy.pop(value)
                     read([value], at)
@@ -150,6 +159,13 @@ class _Walk:
             read([value], end)
         return _most(held, inner, end)
 
+    def whole(self, op: Op) -> tuple[int, ...]:
+        """Operands that must be in memory; a reduction computes what it reads, an update what it writes, a loop has what it
+        starts from where its state is."""
+        if op.name == "while":
+            return tuple(r for r, made in zip(op.reads, op.makes, strict=True) if self.sizes[made])
+        return op.reads[:1] if op.name == "dynamic_update_slice" else () if op.name == "reduce" else op.reads
+
     def loop(
         self,
         op: Op,
@@ -170,7 +186,7 @@ class _Walk:
                 roots[made] = found
                 continue
             changes.append(took)
-            mine = len(found) == 1 and held[found[0]].bytes == self.values[made].bytes
+            mine = len(found) == 1 and held[found[0]].bytes == self.sizes[made]
             if mine and found[0] not in taken and value not in later and held[found[0]].born >= 0:
                 roots[made] = found
                 held[found[0]].loop = True
@@ -178,11 +194,6 @@ class _Walk:
             else:
                 make(made, at, op, loop=True)
         return self.block(body, changes, keep=False)
-
-
-def _whole(op: Op) -> tuple[int, ...]:
-    """Operands that must be in memory; a reduction computes what it reads, an update what it writes."""
-    return op.reads[:1] if op.name == "dynamic_update_slice" else () if op.name == "reduce" else op.reads
 
 
 def _only_moves(value: int, lazy: Mapping[int, Op]) -> bool:

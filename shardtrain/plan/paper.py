@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
 from shardtrain.mesh.build import SLOW
@@ -81,6 +81,53 @@ KINDS = {
     "collective_permute": "collective-permute",
     "collective_broadcast": "collective-broadcast",
 }
+
+
+TO_HOST, TO_DEVICE = "to_host", "to_device"  # a value, as remat policies place it
+_SAME_PLACE = frozenset(
+    ["reshape", "broadcast_in_dim", "slice", "dynamic_slice", "transpose", "optimization_barrier"]
+)
+
+
+def hosted(paper: Paper) -> frozenset[int]:
+    """Values in the memory of the host: from where they are sent to where they come back, through loops and their state."""
+    found: set[int] = set()
+    before = -1
+    while before != len(found):
+        before = len(found)
+        _follow(paper.entry, found)
+    return frozenset(found)
+
+
+def _follow(block: Block, found: set[int]) -> None:
+    for op in block.ops:
+        pairs: Iterable[tuple[int, ...]] = ()
+        if op.name == TO_HOST:
+            found.update(op.makes)
+        elif op.name == "while":
+            body = op.blocks[1]
+            # What a loop starts from may be shared with others: zeros, which are made where they are wanted.
+            pairs = zip(op.blocks[0].takes, body.takes, body.gives, op.makes, strict=True)
+            found.update(take for take, read in zip(body.takes, op.reads, strict=True) if read in found)
+        elif op.blocks:
+            pairs = ((m, *gives) for m, *gives in zip(op.makes, *(b.gives for b in op.blocks), strict=True))
+        elif op.name == "dynamic_update_slice":
+            state = op.reads[:1] if op.reads[0] in block.takes else ()
+            if found & {*op.reads[:2], *op.makes}:
+                found.update(op.makes, state)
+        elif op.name in _SAME_PLACE:
+            found.update(made for made, read in zip(op.makes, op.reads, strict=False) if read in found)
+        for same in pairs:
+            if found & set(same):
+                found.update(same)
+        for inner in op.blocks:
+            _follow(inner, found)
+
+
+def to_and_fro(paper: Paper) -> float:
+    """Bytes between one device and its host in a step, both ways added."""
+    moves = (r for r in runs(paper) if r.op.name in (TO_HOST, TO_DEVICE))
+    return float(sum(r.times * Fraction(paper.values[r.op.makes[0]].bytes) for r in moves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,14 +269,15 @@ def work(paper: Paper, fused: frozenset[str]) -> tuple[Work, ...]:
     """
     found: dict[tuple[str, float, float], float] = collections.defaultdict(float)
     state = sum(paper.values[a].bytes for a in paper.entry.takes)
+    away = hosted(paper)
     found["f32", 0.0, 2 * state] += 1.0
     for run in runs(paper):
         op = run.op
         if op.name in fused or op.name in KINDS or op.name == "constant":
             continue
-        sizes = [paper.values[n].bytes for n in (*op.reads, *op.makes)]
+        sizes = [paper.values[n].bytes for n in (*op.reads, *op.makes) if n not in away]
         if op.name == "dynamic_update_slice":  # in place: what is written, and read from where it was made
-            sizes = [2 * paper.values[op.reads[1]].bytes]
+            sizes = [] if op.makes[0] in away else [2 * paper.values[op.reads[1]].bytes]
         elif op.name in ("gather", "scatter"):
             sizes = [2 * min(sizes)]
         dtype = paper.values[op.reads[0]].dtype if op.reads else ""

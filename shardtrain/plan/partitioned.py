@@ -28,7 +28,19 @@ from shardtrain.parallel.fused import on_paper
 from shardtrain.plan.compiled import lower_step
 from shardtrain.plan.hlo import Collectives, replica_groups
 from shardtrain.plan.liveness import FUSED, Live, live
-from shardtrain.plan.paper import KINDS, Array, Block, Op, Paper, Work, count, work
+from shardtrain.plan.paper import (
+    KINDS,
+    TO_DEVICE,
+    TO_HOST,
+    Array,
+    Block,
+    Op,
+    Paper,
+    Work,
+    count,
+    to_and_fro,
+    work,
+)
 
 try:
     from jax._src.interpreters import mlir as jax_mlir
@@ -58,7 +70,7 @@ class Partitioned:
     """Of one device and step. `arguments`: bytes, exact. `live`: what is live when most is, an estimate of temporaries.
 
     `flops`: of products, loops multiplied, and of fused attention (half of the scores where it is causal).
-    `work`: what it computes and moves in memory. `ops`: size of the program.
+    `work`: what it computes and moves in memory. `hosted`: bytes to the host's memory and back. `ops`: size of the program.
     """
 
     flops: float
@@ -66,6 +78,7 @@ class Partitioned:
     collectives: Collectives
     arguments: float
     live: Live
+    hosted: float
     ops: int
     source: str
 
@@ -115,6 +128,7 @@ def partition(plan: Plan, target: Target) -> Partitioned:
         collectives=collectives,
         arguments=sum(paper.values[a].bytes for a in paper.entry.takes),
         live=live(paper),
+        hosted=to_and_fro(paper),
         ops=_size(paper.entry),
         source=f"partitioned by Shardy of jaxlib {jax.lib.__version__} for {target}, not compiled",
     )
@@ -194,6 +208,8 @@ class _Reader:
 
     def operation(self, op: Any, name: str, names: dict[Any, int]) -> Op:
         reads = [names[v] for v in op.operands]
+        if name == "custom_call" and op.attributes["call_target_name"].value == "annotate_device_placement":
+            name = TO_HOST if "pinned_host" in str(op.attributes["mhlo.frontend_attributes"]) else TO_DEVICE
         nested = name in ("while", "case", "if")
         blocks = tuple(self.block(r.blocks[0], names) for r in op.regions) if nested else ()
         if name in ("case", "if"):  # branches see what is outside

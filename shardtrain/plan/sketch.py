@@ -52,6 +52,8 @@ class Sketcher:
         batch: shapes of the real global batch.
         ring: papers as these, of two devices that divide the sequence in a ring: its softmax goes through memory, and it
             multiplies what a causal mask drops. Without them a ring counts as attention of one device.
+        inputs_alone: the policy saves nothing but inputs of layers, here or on the host. Under tensor it saves as much again:
+            what attention sums over devices.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Sketcher:
         target: Target,
         constants: Constants,
         ring: tuple[Partitioned, Partitioned] | None = None,
+        inputs_alone: bool = False,
     ):
         self.one, self.batch, self.target, self.constants = one, batch, target, constants
         self.named = {
@@ -71,6 +74,8 @@ class Sketcher:
         self.copies = _copies(one)
         first, second = papers
         self.saved = second.live.saved - first.live.saved
+        self.hosted = second.hosted - first.hosted
+        self.summed = self.saved + self.hosted / 2 if inputs_alone else 0.0
         self.made = max(0.0, second.temporaries - first.temporaries - self.saved)
         waits = lambda w: waits_for_memory(w, target, constants)  # noqa: E731
         self.row = self.row_in_ring = _difference(second.work, first.work, waits)
@@ -96,7 +101,16 @@ class Sketcher:
         row = self.row_in_ring if in_ring else self.row
         work = [dataclasses.replace(w, times=w.times * share) for w in row]
         work.append(Work("f32", 0.0, 2 * state, 1.0))  # read and written by the update
-        found = cost(self.target, mesh.shape, work, sent, bubble(plan), self.constants, "sketched")
+        found = cost(
+            self.target,
+            mesh.shape,
+            work,
+            sent,
+            bubble(plan),
+            self.constants,
+            "sketched",
+            self.hosted * plan.global_batch / parts,
+        )
         return Sketch(state, state + self._activations(plan, rows, stages), found)
 
     def arranged(self, mesh: AnyMesh, candidate: Candidate) -> Plan:
@@ -178,7 +192,7 @@ class Sketcher:
         """What one device keeps and makes for its rows; under a pipeline the inputs in flight."""
         tensor = plan.mesh.shape.get("tensor", 1)
         parts = plan.sequence_parts * (tensor if plan.sequence_divided else 1)
-        saved = self.saved * rows / parts / stages
+        saved = (self.saved + (self.summed if tensor > 1 else 0.0)) * rows / parts / stages
         if (
             stages > 1 and plan.pipeline is not None
         ):  # inputs of stages are kept, and one stage's own while it runs again

@@ -28,7 +28,7 @@ from shardtrain.mesh.target import Target
 from shardtrain.plan.options import compile_with
 from shardtrain.plan.topology import devices
 
-_MEMORY = ("argument", "output", "alias", "temp", "generated_code")
+_MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_temp")
 
 
 def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:

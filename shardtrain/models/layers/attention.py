@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from shardtrain.models.layers.dense import normal, zeros
 from shardtrain.models.layers.rotary import rotate
 from shardtrain.parallel.attention import attention
-from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.sequence import positions
 from shardtrain.parallel.stream import column, row
 from shardtrain.sharding import constrain
@@ -84,7 +83,7 @@ class SelfAttention(nnx.Module):
             mixed = attention(q, k, v) if start_of_text else _attend_cache(q, cache, position)
         mixed = constrain(mixed, "batch", "seq_block", "heads", "head_dim")
         y = row(mixed, self.out_kernel[...], "bthk,hkd->btd", "heads", "head_dim", "embed")
-        y = checkpoint_name(y, REDUCED)
+        y = checkpoint_name(y, "attention_out")
         return (y if self.out_bias is None else y + self.out_bias[...]), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -7,7 +7,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from shardtrain.models.layers.dense import normal, zeros
-from shardtrain.parallel.remat import REDUCED
 from shardtrain.parallel.stream import column, row
 from shardtrain.sharding import constrain
 
@@ -27,8 +26,7 @@ class Mlp(nnx.Module):
         up = column(x_BTD, self.up_kernel[...], "btd,df->btf", "embed", "mlp")
         up = constrain(up + self.up_bias[...], "batch", "seq_block", "mlp")
         up = jax.nn.gelu(checkpoint_name(up, "mlp_up"))
-        y = row(up, self.down_kernel[...], "btf,fd->btd", "mlp", "embed")
-        return checkpoint_name(y, REDUCED) + self.down_bias[...]
+        return row(up, self.down_kernel[...], "btf,fd->btd", "mlp", "embed") + self.down_bias[...]
 
 
 class GatedMlp(nnx.Module):
@@ -47,5 +45,4 @@ class GatedMlp(nnx.Module):
         both = column(x_BTD, self.gate_up_kernel[...], "btd,dcf->btcf", "embed", None, "mlp")
         both = checkpoint_name(constrain(both, "batch", "seq_block", None, "mlp"), "mlp_up")
         hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
-        y = row(hidden, self.down_kernel[...], "btf,fd->btd", "mlp", "embed")
-        return checkpoint_name(y, REDUCED)
+        return row(hidden, self.down_kernel[...], "btf,fd->btd", "mlp", "embed")

@@ -139,6 +139,7 @@ def _facts(found: Found) -> str:
     shown = [
         ("memory", _verdict(found["fits"]), found.get("refused") or "", source),
         ("peak", bytes_text(memory["peak"]), usable, source),
+        ("on the host", bytes_text(memory["host"]), "of a device", source) if memory.get("host") else None,
         ("step", seconds_text(seconds["total"]), "predicted", step) if seconds else None,
         ("speed", f"{speed:,.0f}", "tokens/s", step) if speed else None,
         ("MFU", f"{mfu:.1%}", "of peak in bf16", step) if mfu else None,

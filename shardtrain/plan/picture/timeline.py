@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardtrain.plan.cost import HOST
 from shardtrain.plan.picture.marks import LETTER, both, escape, fitted, seconds_text, steps, svg, tag, text
 
 _TERMS = ("compute", "hbm", "bubble", "total", "waited")
@@ -53,7 +54,7 @@ def bars(seconds: Mapping[str, Any], collectives: Sequence[Mapping[str, Any]] = 
 def timeline(seconds: Mapping[str, Any], collectives: Sequence[Mapping[str, Any]]) -> str:
     """Lanes of the terms, with what overlaps. Where in a step they fall is not predicted: the order is ours."""
     drawn = bars(seconds, collectives)
-    links = {c["axis"]: c["link"] for c in collectives if c.get("link")}
+    links = {HOST: "PCIe"} | {c["axis"]: c["link"] for c in collectives if c.get("link")}
     return both(lambda width: _drawn(drawn, seconds["total"], links, width))
 
 
