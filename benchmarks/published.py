@@ -92,7 +92,7 @@ REPORTS: dict[str, tuple[Any, ...]] = {
     ),
     "v6e 8x7B 256": (MIXTRAL, "v6e:16x16", "fsdp256", KQVO_AWAY, 12, 4096, 3899, False, TIERS.format("trillium")),
     "v6e 8x22B 256": (
-        MIXTRAL_8X22B, "v6e:16x16", "fsdp64-expert4", KQVO_AWAY, 8, 4096, 1326, False, TIERS.format("trillium")
+        MIXTRAL_8X22B, "v6e:16x16", "fsdp64-expert4", f"{KQVO_AWAY},exchanged:again", 8, 4096, 1326, False, TIERS.format("trillium")
     ),
     "v5p L2-70B 512": (LLAMA2_70B, "v5p:8x8x8", "fsdp512", "qkv,attention_out", 4, 4096, 692, True, TIERS.format("v5p")),
     "v5p Mixtral 256": (MIXTRAL, "v5p:4x8x8", "fsdp256", "full", 8, 4096, 2909, False, TIERS.format("v5p")),

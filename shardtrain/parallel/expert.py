@@ -21,7 +21,7 @@ from shardtrain.mesh import device_of
 from shardtrain.parallel.fsdp import varying
 from shardtrain.parallel.precision import widen
 from shardtrain.parallel.region import on_parts
-from shardtrain.parallel.remat import REDUCED
+from shardtrain.parallel.remat import EXCHANGED, REDUCED
 from shardtrain.parallel.routing import capacity, kept, places
 from shardtrain.parallel.sequence import parts, sequence_axes
 from shardtrain.sharding import context
@@ -235,8 +235,8 @@ def _with_capacity(
     # [experts, places, D] <-> [experts held, n * places, D]
     there = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=1, tiled=True)
     back = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=1, concat_axis=0, tiled=True)
-    rows = checkpoint_name(tensor.locally(there, rows), REDUCED)
-    return checkpoint_name(tensor.locally(back, apply(rows, product)), REDUCED)
+    rows = checkpoint_name(tensor.locally(there, rows), EXCHANGED)
+    return checkpoint_name(tensor.locally(back, apply(rows, product)), EXCHANGED)
 
 
 def _without_drops(
@@ -254,7 +254,7 @@ def _without_drops(
     height, held = rows.shape[1], sizes.size // n
     every = checkpoint_name(jax.lax.all_gather(sizes, AXIS), REDUCED).reshape(n, n, held)
     sent = every.sum(-1)
-    rows = checkpoint_name(_ragged_exchange(rows, sent, width, n * width, tensor), REDUCED)
+    rows = checkpoint_name(_ragged_exchange(rows, sent, width, n * width, tensor), EXCHANGED)
     # They come in the order (sender, expert) and are wanted in the order of the experts.
     mine = every[:, jax.lax.axis_index(AXIS)]
     piece = _piece(mine.reshape(-1), n * width)
@@ -263,7 +263,7 @@ def _without_drops(
     rows = spread(rows, order, inverse[:, None])
     rows = apply(rows, lambda rows, kernels: _ragged_product(rows, kernels, mine.sum(0), tensor))
     rows = spread(rows, inverse, order[:, None])
-    return checkpoint_name(_ragged_exchange(rows, sent.T, width, height, tensor), REDUCED)
+    return checkpoint_name(_ragged_exchange(rows, sent.T, width, height, tensor), EXCHANGED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -20,9 +20,10 @@ from shardtrain.sharding import context
 
 GATHERED = "gathered"  # weights that `gather` made whole: never saved, gathered again in the backward
 REDUCED = "reduced"  # results of a collective of the forward: replaying them would send them again
+EXCHANGED = "exchanged"  # tokens at their experts, and back: as `REDUCED`, unless a policy says otherwise
 LAYER_INPUT = "layer_input"  # what a stack gives each layer
 POLICIES = ("none", "dots", "full")
-OFFLOAD = "offload"
+OFFLOAD, AGAIN = "offload", "again"
 HOSTED = f"{LAYER_INPUT}:{OFFLOAD}"  # as `full`, and even the inputs of layers are elsewhere
 
 
@@ -84,6 +85,7 @@ def policy(name: str) -> Callable[..., bool]:
     `full`: save only the input of the block and what came out of a collective.
     `a,b`: as `full`, and the values that the model named `a` and `b` (our blocks name `qkv`, `attention_out`, `mlp_up`; stacks
     `layer_input`, which is saved in any case). `a,b:offload`: as that, and `b` waits for the backward in the memory of the host.
+    `exchanged:again`: what experts were sent is sent again in the backward, 6 exchanges of tokens a layer for 4.
 
     Raises:
         ConfigError: a list of nothing, another word after the colon, `offload` for devices that have no other memory.
@@ -93,17 +95,18 @@ def policy(name: str) -> Callable[..., bool]:
         return _all_but_weights
     if name == "dots":
         return policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(REDUCED)
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(REDUCED, EXCHANGED)
         )
     if name == "full":
-        return policies.save_only_these_names(REDUCED)
+        return policies.save_only_these_names(REDUCED, EXCHANGED)
     kept = [[word.strip() for word in part.split(":")] for part in name.split(",") if part.strip()]
-    wrong = any(len(words) > 2 or words[1:] not in ([], [OFFLOAD]) or not words[0] for words in kept)
+    ways = lambda name: ([], [OFFLOAD], [AGAIN]) if name == EXCHANGED else ([], [OFFLOAD])  # noqa: E731
+    wrong = any(words[1:] not in ways(words[0]) or not words[0] for words in kept)
     if wrong or len({REDUCED, *(words[0] for words in kept)}) <= len(kept):
         raise ConfigError(
             f"'{name}'",
             where="remat",
-            why="each name once, and either saved or offloaded",
+            why=f"each name once, and either saved or offloaded; {EXCHANGED}:{AGAIN} alone is neither",
             fix=f"name, or name:{OFFLOAD}, with commas between, such as qkv,mlp_up:{OFFLOAD}",
         )
     if not kept:
@@ -112,12 +115,13 @@ def policy(name: str) -> Callable[..., bool]:
             where="remat",
             fix=f"one of {', '.join(POLICIES)}, or names of values such as qkv,mlp_up",
         )
-    saved, offloaded = ([words[0] for words in kept if len(words) == n] for n in (1, 2))
+    saved, offloaded = ([words[0] for words in kept if words[1:] == way] for way in ([], [OFFLOAD]))
+    saved += [REDUCED, *([] if any(words[0] == EXCHANGED for words in kept) else [EXCHANGED])]
     if not offloaded:
-        return policies.save_only_these_names(REDUCED, *saved)
+        return policies.save_only_these_names(*saved)
     _check_host(name)
     return policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[REDUCED, *saved],
+        names_which_can_be_saved=saved,
         names_which_can_be_offloaded=offloaded,
         offload_src="device",
         offload_dst="pinned_host",

@@ -66,7 +66,7 @@ def test_in_a_vmap():
 
 
 @pytest.mark.parametrize(
-    "name", ["qkv:ofload", ":offload", "a:offload:b", "qkv:", "a,a:offload", "reduced:offload"]
+    "name", ["qkv:ofload", ":offload", "a:offload:b", "qkv:", "a,a:offload", "reduced:offload", "qkv:again"]
 )
 def test_words_that_say_nothing(name):
     with pytest.raises(ConfigError, match="name:offload"):
