@@ -190,13 +190,17 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
     Of four dims and more, or of low parts, the TPU compiler makes an all-reduce (measured on stacks of heads). A dim and
     those right after it have the same parts. On a vector's low parts it gives up (seen at 2 over 64 chips of
-    v5e:8x8, and at 8 over 16 of them): those are small, reduced whole and cut.
+    v5e:8x8, and at 8 over 16 of them): those are small, reduced whole and cut. The last dim of a larger leaf becomes the
+    first one for as long.
     """
     before, after, height = x.shape[:dim], list(x.shape[dim + 1 :]), x.shape[dim]
-    while len(after) > 1 and height < 128 * jax.lax.axis_size(axes):
+    least = 128 * jax.lax.axis_size(axes)
+    while len(after) > 1 and height < least:
         height *= after.pop(0)
     width = math.prod(after)
-    if _on_tpu() and width == 1 and height < 128 * jax.lax.axis_size(axes):
+    if _on_tpu() and width == 1 and height < least:
+        if height * math.prod(before[:-1]) >= least:
+            return jnp.moveaxis(reduce_scatter(jnp.moveaxis(x, dim, 0), axes, 0), 0, dim)
         total = jax.lax.optimization_barrier(jax.lax.psum(x, axes))  # or the compiler makes the same of it
         part = x.shape[dim] // jax.lax.axis_size(axes)
         return jax.lax.dynamic_slice_in_dim(total, jax.lax.axis_index(axes) * part, part, dim)
