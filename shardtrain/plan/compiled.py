@@ -203,8 +203,8 @@ class Compiled:
             return Memory(self.executable.memory)
         analysis = self.executable.memory_analysis()
         names = [*_FIELDS.values(), "host_temp_size_in_bytes"]
-        names += ["peak_memory_in_bytes"] if self.platform == "tpu" else []
-        return Memory({name: getattr(analysis, name) for name in names})
+        names += ["peak_memory_in_bytes", "total_allocation_bytes"] if self.platform == "tpu" else []
+        return Memory({name: getattr(analysis, name, 0) for name in names})
 
     def program(self) -> hlo.Program:
         """The compiled program, read: collectives, FLOPs, loops, source lines."""
@@ -287,14 +287,14 @@ class Memory(dict[str, int]):
     """Bytes per device: `arguments`, `outputs`, `aliased` (donated), `temporaries`, `peak`; `host`: temporaries in the host's.
 
     Peak is what the compiler says on TPU; elsewhere arguments + outputs - aliased + temporaries. Of a program with values in the
-    host's memory the TPU compiler says the peak of either memory, whichever is larger: there it is the sum, too.
+    host's memory the TPU compiler says the peak of either memory, whichever is larger: there it is what the device allocates.
     """
 
     def __init__(self, sizes: Mapping[str, int]):
         parts = {name: int(sizes[field]) for name, field in _FIELDS.items()}
         total = parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temporaries"]
         host = int(sizes.get("host_temp_size_in_bytes", 0))
-        said = 0 if host else int(sizes.get("peak_memory_in_bytes", 0))
+        said = int(sizes.get("total_allocation_bytes" if host else "peak_memory_in_bytes", 0))
         super().__init__(**parts, peak=said or total, **({"host": host} if host else {}))
 
     def __str__(self) -> str:

@@ -61,7 +61,8 @@ def compile_module(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, A
     memory = {f"{name}_size_in_bytes": getattr(stats, f"{name}_size_in_bytes") for name in _MEMORY}
     # Only the TPU compiler's peak is one: it counts the arguments, and buffers that do not live together once.
     if platform == "tpu":
-        memory["peak_memory_in_bytes"] = getattr(stats, "peak_memory_in_bytes", 0)
+        for name in ("peak_memory_in_bytes", "total_allocation_bytes"):
+            memory[name] = getattr(stats, name, 0)
     return {
         "memory": memory,
         "wall_seconds": seconds[0],

@@ -128,6 +128,7 @@ def test_the_peak_of_a_compiled_program():
     assert Memory({**sizes, "peak_memory_in_bytes": 27})["peak"] == 27
     found = Memory({**sizes, "peak_memory_in_bytes": 75, "host_temp_size_in_bytes": 65})
     assert (found["peak"], found["host"]) == (30, 65)
+    assert Memory({**sizes, "host_temp_size_in_bytes": 65, "total_allocation_bytes": 25})["peak"] == 25
     assert "host" not in Memory({**sizes, "host_temp_size_in_bytes": 0})
 
 
