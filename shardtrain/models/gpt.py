@@ -16,6 +16,7 @@ from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import Mlp
 from shardtrain.models.layers.norm import LayerNorm
 from shardtrain.models.layers.stack import stack
+from shardtrain.parallel.fsdp import meet
 from shardtrain.parallel.lookup import lookup
 from shardtrain.parallel.sequence import own, parts
 from shardtrain.sharding import constrain
@@ -130,5 +131,7 @@ class GPT(LanguageModel):
         x_BTD = constrain(x_BTD + join_stream(here), "batch", "seq", "embed")
         return self.dropout(x_BTD, key)
 
-    def head(self) -> jax.Array:
-        return self.token_table[...].T if self.head_kernel is None else self.head_kernel[...]
+    def head(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.head_kernel is None:
+            return x_BTD, self.token_table[...].T
+        return meet(x_BTD, self.head_kernel[...], "head_kernel")

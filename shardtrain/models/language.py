@@ -85,8 +85,13 @@ class LanguageModel(nnx.Module):
         return self.final_norm(x_BTD), cache
 
     @abc.abstractmethod
-    def head(self) -> jax.Array:
-        """The kernel [embed, vocab] of the head."""
+    def head(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hidden states, and the head's kernel [embed, vocab] that they meet."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of parameters and activations."""
+        return self.final_norm.scale[...].dtype
 
     def __call__(self, tokens_BT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Logits [B, T, V] in float32."""
@@ -117,13 +122,14 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits of hidden states."""
+        x_BTD, kernel = self.head(x_BTD)
         x_BTD = enter_block(x_BTD)
-        logits = jnp.einsum("btd,dv->btv", x_BTD, self.head(), preferred_element_type=wide(x_BTD))
+        logits = jnp.einsum("btd,dv->btv", x_BTD, kernel, preferred_element_type=wide(x_BTD))
         return constrain(logits, "batch", "seq_block", "vocab")
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """Keys and values for `length` positions of every layer."""
-        return empty_caches(self.blocks, batch, length, self.head().dtype)
+        return empty_caches(self.blocks, batch, length, self.dtype)
 
     def flops_per_token(self, sequence: int) -> float:
         """Training FLOPs per token; see `training_flops`."""
@@ -163,7 +169,8 @@ def _head(model: LanguageModel, x: Any, batch: Batch) -> Loss:
 
 
 def _cross_entropy(model: LanguageModel, x_BTD: jax.Array, batch: Batch) -> Loss:
-    total = cross_entropy(enter_block(x_BTD), model.head(), batch["targets"], batch["weights"])
+    x_BTD, kernel = model.head(x_BTD)
+    total = cross_entropy(enter_block(x_BTD), kernel, batch["targets"], batch["weights"])
     return Loss(total, batch["weights"].sum())
 
 

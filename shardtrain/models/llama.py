@@ -18,6 +18,7 @@ from shardtrain.models.layers.dense import Dropout, normal
 from shardtrain.models.layers.mlp import GatedMlp
 from shardtrain.models.layers.norm import RMSNorm
 from shardtrain.models.layers.stack import stack
+from shardtrain.parallel.fsdp import meet
 from shardtrain.parallel.lookup import lookup
 from shardtrain.sharding import constrain
 
@@ -107,5 +108,5 @@ class Llama(LanguageModel):
         x_BTD = lookup(self.token_table[...], tokens_BT, "token_table")
         return constrain(x_BTD, "batch", "seq", "embed")
 
-    def head(self) -> jax.Array:
-        return self.head_kernel[...]
+    def head(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return meet(x_BTD, self.head_kernel[...], "head_kernel")

@@ -29,6 +29,7 @@ from shardtrain.models.layers.mlp import GatedMlp
 from shardtrain.models.layers.moe import ExpertMlp, Routed, balanced_bias
 from shardtrain.models.layers.norm import RMSNorm
 from shardtrain.models.layers.stack import empty_caches, scan_blocks, stack
+from shardtrain.parallel.fsdp import meet
 from shardtrain.parallel.lookup import lookup
 from shardtrain.sharding import constrain
 
@@ -286,8 +287,8 @@ class MoE(LanguageModel):
 
     def empty_cache(self, batch: int, length: int) -> Any:
         dense = self.dense_blocks
-        first = None if dense is None else empty_caches(dense, batch, length, self.head().dtype)
+        first = None if dense is None else empty_caches(dense, batch, length, self.dtype)
         return first, super().empty_cache(batch, length)
 
-    def head(self) -> jax.Array:
-        return self.head_kernel[...]
+    def head(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return meet(x_BTD, self.head_kernel[...], "head_kernel")

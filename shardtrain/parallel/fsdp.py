@@ -92,6 +92,38 @@ def gather(tree: Any, path: str) -> Any:
     return jax.tree_util.tree_map_with_path(whole, tree)
 
 
+def meet(x: jax.Array, leaf: jax.Array, path: str) -> tuple[jax.Array, jax.Array]:
+    """`x`, and a parameter outside of stacks that is made whole here, where `x` meets it, and not before the loss.
+
+    Its gradient is a shard again before that of `x` goes on: without, the gradient of a head waits whole, in float32, until
+    the backward of all layers is done. Outside a Plan, and where nothing divides it or it is held, nothing happens.
+
+    Args:
+        path: of the parameter in the model.
+
+    Communicates: an all-gather of f*X bytes forward, a reduce-scatter of f*X, as it would before the loss.
+    """
+    layout = context.current()
+    if layout is None:
+        return x, leaf
+    layout.met.add(path)
+    if path not in layout.late:
+        return x, leaf
+    x, leaf = _together(x, leaf)
+    return x, gather_leaf(leaf, layout.params[path])
+
+
+@jax.custom_vjp
+def _together(x: jax.Array, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both; their gradients leave together."""
+    return x, leaf
+
+
+_together.defvjp(
+    lambda x, leaf: ((x, leaf), None), lambda _, gradients: tuple(jax.lax.optimization_barrier(gradients))
+)
+
+
 def gather_leaf(leaf: jax.Array, shard: Shard) -> jax.Array:
     """One leaf made whole in the compute dtype; its gradient comes back as a shard."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -162,7 +162,8 @@ def _arity(loss_fn: Callable[..., Any]) -> int:
 class Seen:
     """What the first trace of a loss told: `stacks` that the model gathers itself, layer by layer; whether it
     recomputes anything itself; `lookups`: rows that one call takes from tables of which all uses are lookups;
-    `scanned`: parameters of layers that a scan runs over -> its line; `lines`: where parameters are first used.
+    `scanned`: parameters of layers that a scan runs over -> its line; `lines`: where parameters are first used; `met`: others
+    that the model makes whole where it uses them.
     """
 
     stacks: frozenset[str]
@@ -170,6 +171,7 @@ class Seen:
     lookups: Mapping[str, int]
     scanned: Mapping[str, str]
     lines: Mapping[str, str]
+    met: frozenset[str] = frozenset()
 
 
 def watch(
@@ -230,4 +232,5 @@ def watch(
         lookups={path: count for path, count in rows.items() if path in used.looked_up},
         scanned=used.scanned,
         lines=used.lines,
+        met=frozenset(seen.met),
     )

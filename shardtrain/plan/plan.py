@@ -226,6 +226,15 @@ class Plan:
             object.__setattr__(self, "_order", cached)
         return cached
 
+    @property
+    def late_leaves(self) -> frozenset[str]:
+        """Parameters that the model makes whole where it uses them (`parallel.fsdp.meet`). A pipeline gathers before its ticks:
+        in a branch that only some stages take nothing can be gathered."""
+        if self.pipeline is not None:
+            return frozenset()
+        others = {p for p in self.seen.met if p in self.leaves} - self.held_leaves - self.tables.keys()
+        return frozenset(p for p in others if self.leaves[p].shard.dim is not None)
+
     # --- programs --------------------------------------------------------------------------------
 
     def _parts(self, *, train: bool, loss_fn: Callable[..., Any] | None = None) -> StepParts:
@@ -246,6 +255,7 @@ class Plan:
                 sequence=self.sequence_axes,
                 attention=self.attention,
                 quant=self.quant,
+                late=self.late_leaves,
             ),
             batch_axes=self._batch_axes,
             sequence_axes=self.sequence_axes,

@@ -32,6 +32,7 @@ class Layout:
     trace.
     `exchanged`: paths of tables whose rows are exchanged. `lookups`: filled by `lookup` in the first trace.
     `gathered`: filled by `gather` with the path prefixes that the model makes whole itself.
+    `met`: filled by `meet` with the paths of those that it makes whole where they are used; `late`: which of them it does.
     """
 
     mesh: AnyMesh | None
@@ -41,6 +42,8 @@ class Layout:
     exchanged: frozenset[str] = frozenset()
     lookups: list[Any] = dataclasses.field(default_factory=list)
     gathered: set[str] = dataclasses.field(default_factory=set)
+    met: set[str] = dataclasses.field(default_factory=set)
+    late: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sequence: tuple[str, ...] = ()
     attention: str = "ring"

@@ -79,11 +79,16 @@ def by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def whole_tree(parts: StepParts, tree: Any) -> Any:
-    """Parameters as the loss sees them: whole, in the compute dtype, but for stacks gathered later and tables whose
-    rows are exchanged."""
+    """Parameters as the loss sees them: whole, in the compute dtype, but for stacks and others gathered later, and tables
+    whose rows are exchanged."""
+    layout = parts.layout
 
     def whole(path: str, leaf: Any) -> Any:
-        if path in parts.layout.exchanged or any(path.startswith(f"{prefix}/") for prefix in parts.stacks):
+        if (
+            path in layout.exchanged
+            or path in layout.late
+            or any(path.startswith(f"{prefix}/") for prefix in parts.stacks)
+        ):
             return leaf
         return gather_leaf(leaf, parts.shards[path])
 

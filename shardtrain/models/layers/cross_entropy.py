@@ -130,7 +130,7 @@ def _chunk(
 def _forward(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, spec: PartitionSpec | None
 ) -> tuple[jax.Array, Any]:
-    def body(head_gradient: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+    def gradients(xs: Any) -> tuple[jax.Array, Any]:
         x, targets, weights = xs
         loss, gradient = _chunk(x, head, targets, weights)
         gradient = gradient.astype(x.dtype)
@@ -140,11 +140,19 @@ def _forward(
         else:
             split = (split_dim(g, g.ndim - 1, x.shape[0]) for g in (gradient, head))
             x_gradient = collect(jnp.einsum("...zv,dzv->z...d", *split).astype(x.dtype), spec, 0)
-        head_gradient += jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=wide(x))
+        head_gradient = jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=wide(x))
         return constrain(head_gradient, None, "vocab"), (loss, x_gradient)
 
-    start, _ = alike(jnp.zeros(head.shape, wide(head)), head)
-    head_gradient, (losses, x_gradient) = jax.lax.scan(body, start, (x, targets, weights))
+    def add(head_gradient: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        more, rest = gradients(xs)
+        return constrain(head_gradient + more, None, "vocab"), rest
+
+    if x.shape[0] == 1:  # nothing to add up: of a large head two float32 copies less
+        head_gradient, rest = gradients((x[0], targets[0], weights[0]))
+        losses, x_gradient = jax.tree.map(lambda leaf: leaf[None], rest)
+    else:
+        start, _ = alike(jnp.zeros(head.shape, wide(head)), head)
+        head_gradient, (losses, x_gradient) = jax.lax.scan(add, start, (x, targets, weights))
     # Saved under every remat policy: to recompute them would be to run the head again.
     return losses.sum(), checkpoint_name((x_gradient, head_gradient.astype(head.dtype)), REDUCED)
 
