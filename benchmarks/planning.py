@@ -80,7 +80,7 @@ CASES = [
     ("configs/moe.py:mixtral_8x7b", "v5p:4x4x4", "fsdp8-expert8"),
     # layers' inputs in the host's memory
     ("configs/llama.py:b8", "v6e:4x4", "fsdp16+remat:layer_input:offload"),
-    ("configs/llama.py:b8", "v5p:2x2x4", "fsdp4-tensor4+remat:layer_input:offload,qkv:offload"),
+    ("configs/llama.py:b8", "v5p:2x2x4", "fsdp4-tensor4+x8+remat:layer_input:offload,qkv:offload"),
     ("configs/llama.py:b8", "h100:2x8", "fsdp16+remat:layer_input:offload"),
     # which their compilers refuse
     ("configs/gpt.py:b175", "v5e:16x16", "fsdp32-tensor8+x48"),

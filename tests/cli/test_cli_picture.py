@@ -62,7 +62,7 @@ def test_a_page_is_whole_or_not_there(config, shardtrain, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         code, _, err = shardtrain("plan", config, *PAPER, "--html", page)
-    assert code == 2 and "No space left" in err and "Traceback" not in err
+    assert code == 3 and "No space left" in err and "Traceback" not in err
     assert page.read_text() == "old" and [p.name for p in page.parent.iterdir()] == ["page.html"]
     assert shardtrain("plan", config, *PAPER, "--html", page)[0] == 0
     assert page.read_text().startswith("<!doctype html>") and len(list(page.parent.iterdir())) == 1
