@@ -39,7 +39,7 @@ _FITTED = "compute fitted to published steps on {}"
 REACHED = {
     **dict.fromkeys(("h100", "h200", "b200"), (0.39, _FITTED.format("H100 of 500 W"))),
     "a100": (0.6, _FITTED.format("A100")),
-    "v6e": (0.56, _FITTED.format("v6e")),
+    "v6e": (0.615, _FITTED.format("v6e")),
     **dict.fromkeys(("v5e", "v5p", "tpu7x"), (0.815, _FITTED.format("v5p"))),
 }
 """Family -> the share of its peak that products reach in training, and whence: `benchmarks/published.py`, which publishes what
