@@ -149,10 +149,13 @@ class _Walk:
                 for value in op.makes:
                     make(value, at, op)
         end = len(block.ops)
+        states = dict(zip(block.gives, block.takes, strict=False)) if carried else {}
         for value in block.gives:
             if keep:
                 continue
-            if value in lazy:
+            state = states.get(value)
+            in_place = state in carried and state in roots[value] and self.sizes[state] == self.sizes[value]
+            if value in lazy and not in_place:  # what is added to a loop's state is written where that is
                 op = lazy.pop(value)
                 read([value], end)
                 make(value, end, op)

@@ -39,5 +39,6 @@ def test_flops_and_verdict(case):
     assert case["flops_on_paper"] == pytest.approx(planned, rel=within)
     chip = Target(case["target"]).chip
     assert case["fits"] == (None if chip is None else case["peak_compiled"] <= chip.usable_bytes)
-    if case["flops_recomputed"]:
-        assert case["peak_compiled"] > 0.75 * chip.hbm_bytes, "a program with room is run as it was planned"
+    if case["flops_recomputed"]:  # XLA for GPUs counts what waits on the host, too, when it looks for room
+        held = case["peak_compiled"] + case.get("hosted_compiled", 0)
+        assert held > 0.75 * chip.hbm_bytes, "a program with room is run as it was planned"
