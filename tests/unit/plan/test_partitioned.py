@@ -217,3 +217,30 @@ def test_live_by_hand():
     fused = [Op("dot_general", (0,), (1,)), Op("exponential", (1,), (2,)), Op("add", (2, 1), (3,))]
     assert chain(*fused, sizes={n: k for n in range(4)}) == 4 * k
     assert chain(*fused, Op("dot_general", (3,), (4,)), sizes={n: k for n in range(5)}) == 4 * 3 * k
+
+
+def test_what_a_loop_adds_up_is_in_one_place():
+    """A product and the sum that it is added to, which the loop carries: two buffers. Failed once with a third for the new sum:
+    the head's gradient of a loss in chunks three times in float32."""
+    k = 100_000
+    arrays = {n: Array("i32", (), 4) for n in range(10)}
+    arrays |= {n: Array("f32", (k,), 4) for n in range(10, 16)} | {20: Array("f32", (k,), 4)}
+    condition = Block(
+        (0, 15), (Op("constant", (), (1,), number=3), Op("compare", (0, 1), (2,), compares="LT")), (2,)
+    )
+    body = Block(
+        (3, 11),
+        (
+            Op("dot_general", (20,), (12,)),
+            Op("add", (11, 12), (13,)),
+            Op("constant", (), (4,), number=1),
+            Op("add", (3, 4), (5,)),
+        ),
+        (5, 13),
+    )
+    ops = (
+        Op("constant", (), (6,), number=0),
+        Op("broadcast_in_dim", (6,), (10,)),
+        Op("while", (6, 10), (7, 14), (condition, body)),
+    )
+    assert live(Paper(Block((20,), ops, (14,)), arrays, {})).bytes == 2 * 4 * k
