@@ -156,7 +156,7 @@ class _Walk:
             state = states.get(value)
             # A product that is added to a loop's state is written where that is; other sums were seen to have two buffers.
             in_place = state in carried and state in roots[value] and self.sizes[state] == self.sizes[value]
-            in_place &= any(held[n].what.startswith("dot_general") for n in roots[value])
+            in_place &= any(held[n].what.startswith("dot_general") for n in roots[value] if n in held)
             if value in lazy and not in_place:
                 op = lazy.pop(value)
                 read([value], end)
