@@ -153,10 +153,10 @@ class _Walk:
         for value in block.gives:
             if keep:
                 continue
-            state = states.get(value)
+            state, made_of = states.get(value), roots.get(value, ())
             # A product that is added to a loop's state is written where that is; other sums were seen to have two buffers.
-            in_place = state in carried and state in roots[value] and self.sizes[state] == self.sizes[value]
-            in_place &= any(held[n].what.startswith("dot_general") for n in roots[value] if n in held)
+            in_place = state in carried and state in made_of and self.sizes[state] == self.sizes[value]
+            in_place &= any(held[n].what.startswith("dot_general") for n in made_of if n in held)
             if value in lazy and not in_place:
                 op = lazy.pop(value)
                 read([value], end)
