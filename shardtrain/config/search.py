@@ -101,7 +101,7 @@ def _axes(config: RunConfig) -> set[str]:
 def _sketcher(
     config: RunConfig, remat: str | None, target: Target, constants: Constants, ring: bool
 ) -> Sketcher:
-    """The model on one device of the target with one row and with two, traced and partitioned; `ring`: on two devices, too."""
+    """The model on one device of the target with two rows and with three, traced and partitioned; `ring`: on two devices, too."""
 
     def few(rows: int, **axes: int) -> Plan:
         less = Layout(Candidate.of(axes), remat).of(
@@ -110,8 +110,9 @@ def _sketcher(
         return make_plan(less, build(less, target.some_devices(**(axes or {"data": 1})), data=False))
 
     one = few(1)
-    papers = partition(one, target), partition(few(2), target)
-    divided = (partition(few(n, context=2), target) for n in (1, 2))
+    # Of one row the loss may have a single chunk, which adds nothing up: the second would seem to need that besides.
+    papers = partition(few(2), target), partition(few(3), target)
+    divided = (partition(few(n, context=2), target) for n in (2, 3))
     fields = build(config, target.one_device, data=False).batch
     in_ring = (next(divided), next(divided)) if ring else None
     return Sketcher(

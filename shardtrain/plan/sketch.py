@@ -1,8 +1,8 @@
-"""A layout's cost from arithmetic alone, once the model has been partitioned on one device with one row and with two: a few
+"""A layout's cost from arithmetic alone, once the model has been partitioned on one device with two row counts: a few
 milliseconds.
 
 What is exact: bytes of state, from specs; bytes sent, from `plan/minimum.py`; whether it divides at all. What is scaled from what
-the second row added: products, memory traffic and activations. It orders layouts so that few have to be partitioned.
+one more row added: products, memory traffic and activations. It orders layouts so that few have to be partitioned.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sketcher:
 
     Args:
         one: its plan on one device of the target's kind with a global batch of one row.
-        papers: that plan partitioned, and the same with two rows.
+        papers: the same with some rows, and with one more, partitioned.
         batch: shapes of the real global batch.
         ring: papers as these, of two devices that divide the sequence in a ring: its softmax goes through memory, and it
             multiplies what a causal mask drops. Without them a ring counts as attention of one device.
