@@ -76,16 +76,15 @@ def layouts_for(
             raise ConfigError(f"this model cannot be divided over '{axis}'", where="axes", fix=fix)
     host = target.topology[-1] if target.platform == "cuda" else target.size
     found = space(target.size // target.slices, target.slices, able, config.global_batch, host)
-    policies: list[str | None] = [None] if isinstance(config.model, Custom) else list(POLICIES)
-    if not isinstance(config.model, Custom) and target.platform != "cpu":
-        policies.append(HOSTED)
+    away = [HOSTED] if target.platform != "cpu" else []
+    policies: list[str | None] = [None] if isinstance(config.model, Custom) else [*POLICIES, *away]
+    # A stage's backward runs its layers again: no inputs of them wait for it.
     return [
         (c, remat)
         for c in found
         if not axes or set(c.mesh) <= {*SLOW, *axes}
         for remat in policies
-        if remat != HOSTED
-        or c.mesh.get(STAGE, 1) == 1  # a stage's backward runs its layers again, and needs no inputs
+        if remat != HOSTED or STAGE not in c.mesh
     ]
 
 

@@ -57,8 +57,10 @@ def live(paper: Paper) -> Live:
     away = hosted(paper)
     here = {value: 0.0 if value in away else array.bytes for value, array in paper.values.items()}
     most, buffers = _Walk(paper, here).block(paper.entry, frozenset(), keep=True)
-    there = {value: paper.values[value].bytes if value in away else 0.0 for value in paper.values}
-    host = _Walk(paper, there).block(paper.entry, frozenset(), keep=True)[0] if away else 0.0
+    host = 0.0
+    if away:
+        there = {value: array.bytes if value in away else 0.0 for value, array in paper.values.items()}
+        host = _Walk(paper, there).block(paper.entry, frozenset(), keep=True)[0]
     return Live(most, tuple(sorted(buffers, key=lambda b: -b.bytes)), host)
 
 
@@ -154,7 +156,7 @@ class _Walk:
             if keep:
                 continue
             state, made_of = states.get(value), roots.get(value, ())
-            # A product that is added to a loop's state is written where that is; other sums were seen to have two buffers.
+            # A product that is added to a loop's state is written where that is.
             in_place = state in carried and state in made_of and self.sizes[state] == self.sizes[value]
             in_place &= any(held[n].what.startswith("dot_general") for n in made_of if n in held)
             if value in lazy and not in_place:
