@@ -14,7 +14,7 @@ from shardtrain.config.devices import use_no_devices
 from shardtrain.config.load import from_json, to_json
 from shardtrain.config.planning import Layout, planned
 from shardtrain.config.schema import Custom, RunConfig
-from shardtrain.errors import ConfigError
+from shardtrain.errors import ConfigError, ShardingError
 from shardtrain.mesh import AXES, Target
 from shardtrain.mesh.build import SLOW
 from shardtrain.models import MoEConfig
@@ -47,9 +47,8 @@ def search_config(
     """
     use_no_devices()
     chosen = layouts_for(config, target, axes) if layouts is None else layouts
-    ring = any(c.mesh.get("context", 1) > 1 and c.attention == "ring" for c, _ in chosen)
     sketchers = {
-        remat: _sketcher(config, remat, target, constants, ring)
+        remat: _sketcher(config, remat, target, constants, [c for c, r in chosen if r == remat])
         for remat in dict.fromkeys(r for _, r in chosen)
     }
 
@@ -98,25 +97,44 @@ def _axes(config: RunConfig) -> set[str]:
 
 
 def _sketcher(
-    config: RunConfig, remat: str | None, target: Target, constants: Constants, ring: bool
+    config: RunConfig, remat: str | None, target: Target, constants: Constants, of: Sequence[Candidate]
 ) -> Sketcher:
-    """The model on one device of the target with two rows and with three, traced and partitioned; `ring`: on two devices, too."""
+    """The model on one device of the target with two rows and with three, traced and partitioned; and on two for each thing that
+    the layouts `of` divide and one device does not show."""
 
-    def few(rows: int, **axes: int) -> Plan:
-        less = Layout(Candidate.of(axes), remat).of(
-            dataclasses.replace(config, global_batch=rows, groups=None)
-        )
-        return make_plan(less, build(less, target.some_devices(**(axes or {"data": 1})), data=False))
+    def few(rows: int, candidate: Candidate) -> Plan:
+        less = Layout(candidate, remat).of(dataclasses.replace(config, global_batch=rows, groups=None))
+        return make_plan(less, build(less, target.some_devices(**candidate.mesh), data=False))
 
-    one = few(1)
     # Of one row the loss may have a single chunk, which adds nothing up: the second would seem to need that besides.
-    papers = partition(few(2), target), partition(few(3), target)
-    divided = (partition(few(n, context=2), target) for n in (2, 3))
+    alone = Candidate.of({})
+    papers = {"": (partition(few(2, alone), target), partition(few(3, alone), target))}
+    two = {
+        "ring": (Candidate.of({"context": 2}), (4, 6)),
+        "tensor": (Candidate.of({"tensor": 2}), (2, 3)),
+        "tensor_sequence": (Candidate.of({"tensor": 2}, rules="fsdp_tensor_sequence"), (2, 3)),
+        STAGE: (Candidate.of({STAGE: 2}, microbatches=2), (4, 6)),
+    }
+    for kind in dict.fromkeys(kind for c in of for kind in _shown_by_two(c)):
+        candidate, rows = two[kind]
+        try:
+            papers[kind] = (
+                partition(few(rows[0], candidate), target),
+                partition(few(rows[1], candidate), target),
+            )
+        except (ConfigError, ShardingError):  # two do not divide it, or this JAX cannot: a guess will do
+            continue
     fields = build(config, target.one_device, data=False).batch
-    in_ring = (next(divided), next(divided)) if ring else None
-    return Sketcher(
-        one, papers, fields, target, constants, in_ring, inputs_alone=remat in (POLICIES[-1], HOSTED)
-    )
+    return Sketcher(few(1, alone), papers, fields, target, constants)
+
+
+def _shown_by_two(candidate: Candidate) -> list[str]:
+    mesh, found = candidate.mesh, list[str]()
+    if mesh.get("context", 1) > 1 and candidate.attention == "ring":
+        found.append("ring")
+    if mesh.get("tensor", 1) > 1:
+        found.append("tensor_sequence" if candidate.rules.endswith("tensor_sequence") else "tensor")
+    return [*found, STAGE] if STAGE in mesh else found
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:

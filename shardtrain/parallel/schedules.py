@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +101,7 @@ class Schedule:
         return sent
 
 
+@functools.lru_cache(maxsize=256)
 def named(name: str, stages: int, microbatches: int) -> Schedule:
     """The schedule of that name: `gpipe`, `1f1b`, `interleaved:V` (V pieces of the model on each device), `zb`.
 

@@ -296,19 +296,20 @@ def cost(
     constants: Constants,
     source: str,
     hosted: float = 0.0,
+    known: tuple[float, float] = (0.0, 0.0),
 ) -> Cost | None:
     """Seconds of a step; None where no figures of the chip are known.
 
     Args:
         work: of one device. sent: by one device. bubble: share of the stages' time in which they wait.
-        source: of `work` and `sent`. hosted: bytes to the host's memory and back.
+        source: of `work` and `sent`. hosted: bytes to the host's memory and back. known: seconds of `compute` and `hbm` of
+            work besides.
     """
     chip = constants.chip or target.chip
     if chip is None:
         return None
-    compute = hbm = 0.0
-    for w in work:
-        products, memory = _roofline(w, chip, constants)
+    compute, hbm = known
+    for products, memory in rooflines(work, target, constants):
         compute, hbm = compute + products, hbm + max(0.0, memory - products)
     crossed = links(target, mesh, chip)
     seconds: dict[str, float] = {}
@@ -345,19 +346,15 @@ def cost(
     )
 
 
-def waits_for_memory(work: Work, target: Target, constants: Constants) -> bool:
-    """Whether its bytes take longer than its products; False without figures of the chip."""
+def rooflines(work: Iterable[Work], target: Target, constants: Constants) -> Iterable[tuple[float, float]]:
+    """Of each, seconds of its products and of its bytes; 0 without figures of the chip."""
     chip = constants.chip or target.chip
-    if chip is None:
-        return False
-    products, memory = _roofline(work, chip, constants)
-    return memory > products
-
-
-def _roofline(work: Work, chip: Chip, constants: Constants) -> tuple[float, float]:
-    """Seconds of its products, and of its bytes."""
-    products = work.times * work.flops / (_peak(chip, work.dtype) * constants.compute)
-    return products, work.times * work.bytes / (chip.hbm_bandwidth * constants.hbm)
+    for w in work:
+        if chip is None:
+            yield 0.0, 0.0
+            continue
+        products = w.times * w.flops / (_peak(chip, w.dtype) * constants.compute)
+        yield products, w.times * w.bytes / (chip.hbm_bandwidth * constants.hbm)
 
 
 def _peak(chip: Chip, dtype: str) -> float:

@@ -109,10 +109,11 @@ class Minimum(list[Term]):
         return table(("minimum", "collective", "axis", "per device", "derivation"), rows)
 
 
-def minimum(plan: Plan, carried: Traffic | None = None) -> Minimum:
+def minimum(plan: Plan, carried: Traffic | None = None, stream: float | None = None) -> Minimum:
     """The least that the plan's step sends per device, from shapes, dtypes and specs alone.
 
-    `carried`: what crosses tensor and the like for one group, where it is known; else the loss is traced for it.
+    `carried`: what crosses tensor and the like for one group; `stream`: bytes of what a stage hands on for one group. Where they
+    are not known the loss is traced for them.
     """
     terms: dict[tuple[str, str, tuple[str, ...], str], float] = {}
 
@@ -133,7 +134,7 @@ def minimum(plan: Plan, carried: Traffic | None = None) -> Minimum:
     _attention(plan, carried, calls, add)
     _experts(plan, carried, calls, add)
     if plan.pipeline is not None:
-        _stages(plan, plan.pipeline, calls, add)
+        _stages(plan, plan.pipeline, stream_of(plan) if stream is None else stream, calls, add)
     return Minimum([Term(*key[:3], size, key[3]) for key, size in terms.items()])
 
 
@@ -150,14 +151,19 @@ def _size(plan: Plan, leaf: Leaf) -> float:
     return math.prod(leaf.shape) / _parts(plan, {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes})
 
 
-def _stages(plan: Plan, pipe: Pipeline, calls: int, add: Any) -> None:
+def stream_of(plan: Plan) -> float:
+    """Bytes of what a stage hands on to the next for one group, on every device together."""
+    assert plan.pipeline is not None
     rows = plan.global_batch // plan.groups
-    parts = part_functions(plan.adapter, pipe, pipe.stages, rows, train=True)
+    parts = part_functions(plan.adapter, plan.pipeline, plan.pipeline.stages, rows, train=True)
     assert parts is not None
     params, given = as_compute(plan.abstract_state.params, plan.compute), plan.abstract_state.model_state
     state = {**given, FROZEN: as_compute(given.get(FROZEN, {}), plan.compute)}
     x = jax.eval_shape(parts.embed, params, state, jax.random.key(0), plan.group_batch)
-    activation = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+
+
+def _stages(plan: Plan, pipe: Pipeline, activation: float, calls: int, add: Any) -> None:
     divided = _parts(plan, (a for a in plan.rules.activations.get("seq", ()) if a in plan.mesh.shape))
     deal = pipe.deal
     sent = 2 * calls * activation / divided * (deal.pieces - 1) / deal.stages

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -140,8 +139,8 @@ class Run:
 
 
 def runs(paper: Paper) -> Iterator[Run]:
-    """Every operation that is none of control, as often as it runs. A loop in which nothing is computed or sent and that
-    does not say how often it runs is taken for one of a single run.
+    """Every operation but conditionals, as often as it runs; a loop itself, after what is in it, as often as it turns. A loop in
+    which nothing is computed or sent and that does not say how often it runs is taken for one of a single run.
 
     Raises:
         HloError: another loop that does not say it.
@@ -165,6 +164,7 @@ def _runs(block: Block, times: Fraction, loops: tuple[int, ...], known: dict[int
                 )
             trips = 1 if trips is None else trips
             yield from _runs(op.blocks[1], times * trips, (*loops, trips), _passed(op, known))
+            yield Run(op, times * trips, (*loops, trips))
         elif op.blocks:
             for branch in op.blocks:
                 yield from _runs(branch, times * branch.share, loops, known)
@@ -254,33 +254,55 @@ def _collective(run: Run, paper: Paper) -> Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Operations of one kind: `flops` and `bytes` (of memory, read and written) of one run, `times` a step."""
+    """An operation: `flops` and `bytes` (of memory, read and written) of one run, `times` a step; whether in a loop."""
 
     dtype: str
     flops: float
     bytes: float
     times: float
+    looped: bool = False
 
 
 def work(paper: Paper, fused: frozenset[str]) -> tuple[Work, ...]:
-    """What the device computes and moves in its memory, operation by operation; fused ones move nothing.
+    """What the device computes and moves in its memory, operation by operation, in their order; fused ones move nothing.
 
-    State is read and written once more, by its update.
+    The state of a step is read and written once more, by its update; that of a loop in each turn, where a fused operation makes it
+    anew: sums of gradients are.
     """
-    found: dict[tuple[str, float, float], float] = collections.defaultdict(float)
     state = sum(paper.values[a].bytes for a in paper.entry.takes)
+    found = [Work("f32", 0.0, 2 * state, 1.0)]
     away = hosted(paper)
-    found["f32", 0.0, 2 * state] += 1.0
     for run in runs(paper):
         op = run.op
         if op.name in fused or op.name in KINDS or op.name == "constant":
             continue
         sizes = [paper.values[n].bytes for n in (*op.reads, *op.makes) if n not in away]
-        if op.name == "dynamic_update_slice":  # in place: what is written, and read from where it was made
+        if op.name == "while":
+            sizes = [k * paper.values[n].bytes for n, k in _changed(op, fused).items() if n not in away]
+        elif op.name == "dynamic_update_slice":  # in place: what is written, and read from where it was made
             sizes = [] if op.makes[0] in away else [2 * paper.values[op.reads[1]].bytes]
         elif op.name in ("gather", "scatter"):
             sizes = [2 * min(sizes)]
         dtype = paper.values[op.reads[0]].dtype if op.reads else ""
         if sum(sizes):
-            found[dtype, op.flops, sum(sizes)] += float(run.times)
-    return tuple(Work(*key, times) for key, times in found.items())
+            found.append(Work(dtype, op.flops, sum(sizes), float(run.times), bool(run.loops)))
+    return tuple(found)
+
+
+def _changed(loop: Op, fused: frozenset[str]) -> dict[int, int]:
+    """What fused operations make of a loop's state, and how often each turn moves it: it is read and written, but what a product
+    adds to it is written by the product."""
+    body = loop.blocks[1]
+    made = {op.makes[0]: op for op in body.ops if len(op.makes) == 1}
+
+    def of_product(value: int) -> bool:
+        op = made.get(value)
+        moved = op is not None and op.name in ("convert", "reshape", "transpose")
+        return op is not None and (op.name == "dot_general" or (moved and of_product(op.reads[0])))
+
+    changed = {
+        gave: made[gave]
+        for took, gave in zip(body.takes, body.gives, strict=True)
+        if gave != took and gave in made and made[gave].name in fused
+    }
+    return {gave: 1 if any(map(of_product, op.reads)) else 2 for gave, op in changed.items()}

@@ -1,29 +1,33 @@
-"""A layout's cost from arithmetic alone, once the model has been partitioned on one device with two row counts: a few
-milliseconds.
+"""A layout's cost from arithmetic alone, once the model has been partitioned on one device and on two of each kind, with two
+row counts: a few milliseconds.
 
-What is exact: bytes of state, from specs; bytes sent, from `plan/minimum.py`; whether it divides at all. What is scaled from what
-one more row added: products, memory traffic and activations. It orders layouts so that few have to be partitioned.
+What is exact: bytes of state, from specs; bytes sent, from `plan/minimum.py`; whether it divides at all. What is scaled: every
+operation's products and memory traffic, and activations, by what one more row added to them. Of tensor, two devices tell
+what it divides and what each repeats; of a pipeline, what its stages run again. It orders layouts so that few have to be
+partitioned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from shardtrain.mesh import Target
 from shardtrain.mesh.build import AnyMesh
 from shardtrain.parallel.presets import PRESETS
 from shardtrain.parallel.quantised import check_quant
+from shardtrain.parallel.stages import STAGE
 from shardtrain.plan import layout as layouts
 from shardtrain.plan.candidates import Candidate
-from shardtrain.plan.cost import Constants, Cost, Sent, cost, waits_for_memory
+from shardtrain.plan.cost import Constants, Cost, Sent, cost, rooflines
 from shardtrain.plan.forecast import bubble
 from shardtrain.plan.given import check_sequence, group_count
-from shardtrain.plan.minimum import Term, minimum, traffic_of
+from shardtrain.plan.minimum import Term, minimum, stream_of, traffic_of
 from shardtrain.plan.model import FROZEN
 from shardtrain.plan.paper import Work
 from shardtrain.plan.partitioned import Partitioned
@@ -48,23 +52,20 @@ class Sketcher:
 
     Args:
         one: its plan on one device of the target's kind with a global batch of one row.
-        papers: the same with some rows, and with one more, partitioned.
+        papers: the same partitioned with two rows a device and with three, by what divides it: "" is one device; `ring`, two
+            that divide the sequence in a ring, whose softmax goes through memory and which multiplies what a causal mask
+            drops; `tensor` and `tensor_sequence`, two along tensor; `stage`, two stages with two microbatches of so many rows.
+            One that is not there counts as one device.
         batch: shapes of the real global batch.
-        ring: papers as these, of two devices that divide the sequence in a ring: its softmax goes through memory, and it
-            multiplies what a causal mask drops. Without them a ring counts as attention of one device.
-        inputs_alone: the policy saves nothing but inputs of layers, here or on the host. Under tensor it saves as much again:
-            what attention sums over devices.
     """
 
     def __init__(
         self,
         one: Plan,
-        papers: tuple[Partitioned, Partitioned],
+        papers: Mapping[str, tuple[Partitioned, Partitioned]],
         batch: Any,
         target: Target,
         constants: Constants,
-        ring: tuple[Partitioned, Partitioned] | None = None,
-        inputs_alone: bool = False,
     ):
         self.one, self.batch, self.target, self.constants = one, batch, target, constants
         self.named = {
@@ -72,46 +73,67 @@ class Sketcher:
             **flatten(one.abstract_state.model_state.get(FROZEN, {})),
         }
         self.copies = _copies(one)
-        first, second = papers
-        self.saved = second.live.saved - first.live.saved
-        self.hosted = second.hosted - first.hosted
-        self.summed = self.saved + self.hosted / 2 if inputs_alone else 0.0
-        self.made = max(0.0, second.temporaries - first.temporaries - self.saved)
-        waits = lambda w: waits_for_memory(w, target, constants)  # noqa: E731
-        self.row = self.row_in_ring = _difference(second.work, first.work, waits)
-        if ring is not None:
-            each = _difference(ring[1].work, ring[0].work, waits)
-            self.row_in_ring = [dataclasses.replace(w, times=2 * w.times) for w in each]
+        self.rates = {
+            kind: _Rate.of(kind, *pair, lambda work: rooflines(work, target, constants))
+            for kind, pair in papers.items()
+        }
         self._carried: dict[Any, Traffic] = {}
+        self._stream: float | None = None  # of one row
 
     def __call__(self, candidate: Candidate) -> Sketch:
         """Raises ShardingError, ConfigError: what `st.plan` would."""
         mesh = self.target.mesh(dcn=None, **candidate.mesh)
         plan = self.arranged(mesh, candidate)
         rows = plan.global_batch // plan.groups
-        sent = [
-            Sent(t.op, t.axes, t.bytes, self._runs(plan, t)) for t in minimum(plan, self._traffic(plan, rows))
-        ]
-        parts = self.target.size
-        stages = 1 if plan.pipeline is None else plan.pipeline.deal.stages
-        again = 1.0 if stages == 1 else 4 / 3  # a stage's backward runs its forward again
+        if plan.pipeline is not None and self._stream is None:
+            self._stream = stream_of(plan) / rows
+        least = minimum(plan, self._traffic(plan, rows), rows * (self._stream or 0.0))
+        sent = [Sent(t.op, t.axes, t.bytes, self._runs(plan, t)) for t in least]
         state = sum(self._state(leaf, mesh) for leaf in plan.leaves.values())
-        share = plan.global_batch * again / parts
-        in_ring = candidate.attention == "ring" and mesh.shape.get("context", 1) > 1
-        row = self.row_in_ring if in_ring else self.row
-        work = [dataclasses.replace(w, times=w.times * share) for w in row]
-        work.append(Work("f32", 0.0, 2 * state, 1.0))  # read and written by the update
+        added = plan.microbatches * _sums(plan)
+        busy, kept, hosted = self._device(plan, rows)
         found = cost(
             self.target,
             mesh.shape,
-            work,
+            [Work("f32", 0.0, 2 * (state + added), 1.0)],  # read and written by the update, and by each sum
             sent,
             bubble(plan),
             self.constants,
             "sketched",
-            self.hosted * plan.global_batch / parts,
+            hosted,
+            (busy[0], busy[1]),
         )
-        return Sketch(state, state + self._activations(plan, rows, stages), found)
+        return Sketch(state, state + kept + _passing(plan), found)
+
+    def _device(self, plan: Plan, rows: int) -> tuple[np.ndarray, float, float]:
+        """Of one device: seconds of products and of memory in a step, bytes that the rows of one call keep and make, and bytes
+        to the host's memory and back in a step."""
+        rates, shape, calls = self.rates, plan.mesh.shape, plan.microbatches
+        each = rows / plan.sequence_parts
+        one = rates[""].at(each)
+        ring = plan.attention == "ring" and shape.get("context", 1) > 1 and "ring" in rates
+        found = rates["ring"].at(each) if ring else one
+        tensor = shape.get("tensor", 1)
+        kind = "tensor_sequence" if plan.sequence_divided else "tensor"
+        if tensor > 1 and kind in rates:
+            half = rates[kind].at(each)
+            whole = np.maximum(
+                0.0, 2 * half - one
+            )  # what each of two does beyond its half, each of many does, too
+            whole[3:] *= not plan.sequence_divided  # nothing is saved whole
+            found = (found - one) / tensor + whole + (half - whole) * 2 / tensor
+        elif tensor > 1:
+            found = found / tensor
+        seconds, step, saved, made, hosted = np.split(found, [2, 3, 4, 5])
+        if plan.pipeline is not None:
+            deal, again = plan.pipeline.deal, 4 / 3
+            if STAGE in rates:
+                again = 2 * rates[STAGE].at(each)[:2] / np.maximum(one[:2], 1e-12)
+            seconds = seconds * again * deal.longest * deal.pieces / deal.layers / deal.stages
+            # Inputs of stages are kept, and one stage's own while it runs again.
+            saved = saved * (1 + max(plan.pipeline.schedule.in_flight()) / deal.layers) / deal.stages
+        step = step * tensor / self.target.size
+        return calls * seconds + [0.0, float(step[0])], float(saved[0] + made[0]), calls * float(hosted[0])
 
     def arranged(self, mesh: AnyMesh, candidate: Candidate) -> Plan:
         """The one-device plan with another layout: everything that follows from shapes and rules, nothing traced."""
@@ -188,27 +210,87 @@ class Sketcher:
         copies = self.copies.get(leaf.path, 0.0) / parts(leaf.optimizer)
         return held + copies + size * 4 / parts(leaf.gradient)
 
-    def _activations(self, plan: Plan, rows: int, stages: int) -> float:
-        """What one device keeps and makes for its rows; under a pipeline the inputs in flight."""
-        tensor = plan.mesh.shape.get("tensor", 1)
-        parts = plan.sequence_parts * (tensor if plan.sequence_divided else 1)
-        saved = (self.saved + (self.summed if tensor > 1 else 0.0)) * rows / parts / stages
-        if (
-            stages > 1 and plan.pipeline is not None
-        ):  # inputs of stages are kept, and one stage's own while it runs again
-            saved *= 1 + max(plan.pipeline.schedule.in_flight()) / plan.pipeline.deal.layers
-        return saved + self.made * rows / plan.sequence_parts / tensor
+
+def _whole(plan: Plan, leaf: layouts.Leaf) -> float:
+    """Elements of a leaf on one device where it is gathered."""
+    shard = leaf.shard
+    return math.prod(leaf.shape) / math.prod(
+        plan.mesh.shape[a] for a in {*spec_axes(shard.spec), *shard.kept_axes}
+    )
 
 
-def _difference(more: Sequence[Work], less: Sequence[Work], waits: Callable[[Work], bool]) -> list[Work]:
-    """What one has over another, by dtype and by what operations wait for: FLOPs and bytes of all runs together. Memory that an
-    operation waits for is not hidden by the products of another."""
-    found: dict[tuple[str, bool], list[float]] = {}
-    for sign, group in ((1.0, more), (-1.0, less)):
-        for w in group:
-            flops, moved = found.setdefault((w.dtype, waits(w)), [0.0, 0.0])
-            found[w.dtype, waits(w)] = [flops + sign * w.times * w.flops, moved + sign * w.times * w.bytes]
-    return [Work(dtype, max(0.0, f), max(0.0, b), 1.0) for (dtype, _), (f, b) in found.items()]
+def _sums(plan: Plan) -> float:
+    """Bytes of the gradients that microbatches add up: whole where they are reduced once a step. What stages add up is in what
+    two of them showed."""
+    if plan.microbatches == 1 or plan.pipeline is not None:
+        return 0.0
+    held, found = plan.held_leaves, 0.0
+    for path, leaf in plan.leaves.items():
+        axes = () if path in held else leaf.shard.axes
+        found += 4 * _whole(plan, leaf) / math.prod(plan.mesh.shape[a] for a in axes)
+    return found
+
+
+def _passing(plan: Plan) -> float:
+    """Bytes of weights that are gathered, and of their gradients before they are reduced: all that are held for a step, and of
+    the others the most at once, a layer of a stack or a parameter outside."""
+    kept, passing, held = 0.0, dict[str, float](), plan.held_leaves
+    for path, leaf in plan.leaves.items():
+        both = _whole(plan, leaf) * sum(jnp.dtype(d).itemsize for d in (leaf.shard.wire, leaf.shard.reduce))
+        if path in held:
+            kept += both
+        elif leaf.shard.dim is not None and path not in plan.tables:
+            stack = next((s for s in plan.stacks if layouts.in_stack(path, frozenset([s]))), None)
+            key = path if stack is None else stack
+            passing[key] = passing.get(key, 0.0) + both / (1 if stack is None else leaf.shape[0])
+    return kept + max(passing.values(), default=0.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rate:
+    """What one device does in a call of the loss, by its rows.
+
+    `products`, `memory`: [operations, 2], seconds of each without rows, and for each row. `step`: seconds of memory that a step
+    takes whatever its rows: norms of gradients. `kept`: bytes that a row saves, makes, and sends to the host and back.
+    """
+
+    products: np.ndarray
+    memory: np.ndarray
+    step: float
+    kept: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        first: Partitioned,
+        second: Partitioned,
+        timed: Callable[[Sequence[Work]], Iterable[tuple[float, float]]],
+    ) -> _Rate:
+        """From two rows a device and three; of stages, in each of two calls."""
+        calls = 2 if kind == STAGE else 1
+        less, more = (np.array([*timed(p.work[1:])]).reshape(-1, 2) / calls for p in (first, second))
+        if [w.dtype for w in first.work] != [
+            w.dtype for w in second.work
+        ]:  # another program: all by its rows
+            less = more * 2 / 3
+        row = more - less
+        base = np.maximum(0.0, less - 2 * row)
+        fixed = np.array([kind != STAGE and not w.flops and not w.looped for w in second.work[1:]])
+        fixed &= row[:, 1] == 0
+        step = float(base[fixed, 1].sum())
+        row, base = row[~fixed], base[~fixed]
+        saved, hosted = second.live.saved - first.live.saved, second.hosted - first.hosted
+        made = max(0.0, second.temporaries - first.temporaries - saved)
+        kept = np.array([saved, made, hosted])
+        return cls(np.stack([base[:, 0], row[:, 0]], 1), np.stack([base[:, 1], row[:, 1]], 1), step, kept)
+
+    def at(self, rows: float) -> np.ndarray:
+        """Seconds of products, of memory beyond them, of a step's own; bytes saved, made, hosted."""
+        products, memory = (each @ np.array([1.0, rows]) for each in (self.products, self.memory))
+        return np.array(
+            [products.sum(), np.maximum(0.0, memory - products).sum(), self.step, *(rows * self.kept)]
+        )
 
 
 def _copies(plan: Plan) -> Mapping[str, float]:

@@ -49,8 +49,8 @@ def made(name: str = "data2-fsdp2-tensor2") -> tuple[Plan, Forecast]:
 @functools.cache
 def found() -> Search:
     """Seven layouts, four of them partitioned; tensor8 does not divide four heads."""
-    one, two = planned(TARGET.one_device, 1), planned(TARGET.one_device, 2)
-    sketcher = Sketcher(one, (partition(one, TARGET), partition(two, TARGET)), batch(16), TARGET, Constants())
+    two, three = (partition(planned(TARGET.one_device, rows), TARGET) for rows in (2, 3))
+    sketcher = Sketcher(planned(TARGET.one_device, 1), {"": (two, three)}, batch(16), TARGET, Constants())
 
     def make(candidate: Candidate, remat: str | None) -> tuple[Plan, float]:
         return planned(TARGET.mesh(**candidate.mesh), **candidate.options), 1e9
