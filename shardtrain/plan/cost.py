@@ -38,8 +38,8 @@ HIDDEN_AXES = (*SLOW, "data", "fsdp", "context", HOST)  # what runs beside compu
 _FITTED = "compute fitted to published steps on {}"
 REACHED = {
     **dict.fromkeys(("h100", "h200", "b200"), (0.39, _FITTED.format("H100 of 500 W"))),
-    "a100": (0.6, _FITTED.format("A100")),
-    "v6e": (0.615, _FITTED.format("v6e")),
+    "a100": (0.605, _FITTED.format("A100")),
+    "v6e": (0.62, _FITTED.format("v6e")),
     **dict.fromkeys(("v5e", "v5p", "tpu7x"), (0.815, _FITTED.format("v5p"))),
 }
 """Family -> the share of its peak that products reach in training, and whence: `benchmarks/published.py`, which publishes what
