@@ -3,7 +3,8 @@
 Element-wise operations and moves are fused into who reads them. A buffer is made by products, collectives, reductions,
 loops and the like, and where one of those reads a fused value, for as long as such readers remain. A loop's state is one
 buffer each; what a body hands on unchanged, or updates in place, is no second one. What waits in the host's memory is counted
-apart. XLA reorders, recomputes and pads: an estimate, whose error `benchmarks/planning.py` publishes.
+apart. TPUs lay the last dim of what a forward keeps along their 128 lanes: heads of 64 take twice their bytes there. XLA reorders
+and recomputes: an estimate, whose error `benchmarks/planning.py` publishes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ FUSED = frozenset(_FUSED_NAMES.split())
 _FREE = frozenset(["constant", "iota", "partition_id", "get_dimension_size"])
 _IN_PLACE = frozenset(["dynamic_update_slice", "scatter"])
 SMALL = 4096  # bytes: smaller buffers are not followed
+LANES = {"tpu": 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +54,11 @@ class Live:
         return sum(b.bytes for b in self.buffers if b.saved)
 
 
-def live(paper: Paper) -> Live:
-    """The moment of most memory."""
+def live(paper: Paper, platform: str = "cpu") -> Live:
+    """The moment of most memory on a platform."""
     away = hosted(paper)
     here = {value: 0.0 if value in away else array.bytes for value, array in paper.values.items()}
-    most, buffers = _Walk(paper, here).block(paper.entry, frozenset(), keep=True)
+    most, buffers = _Walk(paper, here, LANES.get(platform, 1)).block(paper.entry, frozenset(), keep=True)
     host = 0.0
     if away:
         there = {value: array.bytes if value in away else 0.0 for value, array in paper.values.items()}
@@ -78,13 +80,18 @@ class _Held:
     last: int = -1
     loop: bool = False
     saved: bool = False
+    padding: float = 0.0  # where it is saved
+
+    @property
+    def taken(self) -> float:
+        return self.bytes + self.padding * self.saved
 
 
 class _Walk:
-    """`sizes`: bytes of every value in the memory that is looked at."""
+    """`sizes`: bytes of every value in the memory that is looked at. `lanes`: of the last dim."""
 
-    def __init__(self, paper: Paper, sizes: Mapping[int, float]):
-        self.values, self.sizes = paper.values, sizes
+    def __init__(self, paper: Paper, sizes: Mapping[int, float], lanes: int = 1):
+        self.values, self.sizes, self.lanes = paper.values, sizes, lanes
 
     def block(self, block: Block, carried: Iterable[int], *, keep: bool) -> Found:
         """Most bytes of what the block makes, over those that were there, and the buffers of that moment.
@@ -107,7 +114,8 @@ class _Walk:
             size = self.sizes[value]
             roots[value] = (value,) if size >= SMALL else ()
             if size >= SMALL:
-                held[value] = _Held(size, at, f"{op.name} {self.values[value]}", op.source, at, **more)
+                text = f"{op.name} {self.values[value]}"
+                held[value] = _Held(size, at, text, op.source, at, padding=self.padding(value), **more)
 
         def read(values: Iterable[int], at: int, loop: bool = False) -> None:
             for value in values:
@@ -143,7 +151,7 @@ class _Walk:
                 )
                 for value in op.makes:
                     make(value, at, op)
-                results = sum(held[m].bytes for m in op.makes if m in held)
+                results = sum(held[m].taken for m in op.makes if m in held)
                 inner[at] = max(0.0, most - results), buffers  # a branch makes them where they are wanted
             elif op.name in _IN_PLACE and op.reads[0] in roots and len(roots[op.reads[0]]) == 1:
                 roots[op.makes[0]] = roots[op.reads[0]]
@@ -165,6 +173,12 @@ class _Walk:
                 make(value, end, op)
             read([value], end)
         return _most(held, inner, end)
+
+    def padding(self, value: int) -> float:
+        """Bytes of lanes that a value leaves empty. Where it would fill less than half, compilers lay another dim along them."""
+        last = (self.values[value].shape or (1,))[-1]
+        lanes = -(-last // self.lanes) * self.lanes
+        return self.sizes[value] * (lanes / last - 1) if last and lanes <= 2 * last else 0.0
 
     def whole(self, op: Op) -> tuple[int, ...]:
         """Operands that must be in memory; a reduction computes what it reads, an update what it writes, a loop has what it
@@ -212,11 +226,11 @@ def _only_moves(value: int, lazy: Mapping[int, Op]) -> bool:
 def _most(held: dict[int, _Held], inner: dict[int, Found], end: int) -> Found:
     """The moment of most bytes: of buffers that are live, and of what an operation has inside."""
     change: dict[int, float] = {}
-    base = sum(b.bytes for b in held.values() if b.born < 0)
+    base = sum(b.taken for b in held.values() if b.born < 0)
     for buffer in held.values():
         if buffer.born >= 0:
-            change[buffer.born] = change.get(buffer.born, 0.0) + buffer.bytes
-        change[buffer.last + 1] = change.get(buffer.last + 1, 0.0) - buffer.bytes
+            change[buffer.born] = change.get(buffer.born, 0.0) + buffer.taken
+        change[buffer.last + 1] = change.get(buffer.last + 1, 0.0) - buffer.taken
     most, when, now = 0.0, -1, base
     for at in range(end + 1):
         now += change.get(at, 0.0)
@@ -224,6 +238,6 @@ def _most(held: dict[int, _Held], inner: dict[int, Found], end: int) -> Found:
         if total - base > most:
             most, when = total - base, at
     buffers = [
-        Buffer(b.bytes, b.what, b.source, b.saved) for b in held.values() if 0 <= b.born <= when <= b.last
+        Buffer(b.taken, b.what, b.source, b.saved) for b in held.values() if 0 <= b.born <= when <= b.last
     ]
     return most, [*buffers, *inner.get(when, (0.0, []))[1]]

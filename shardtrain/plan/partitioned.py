@@ -127,7 +127,7 @@ def partition(plan: Plan, target: Target) -> Partitioned:
         work=work(paper, FUSED),
         collectives=collectives,
         arguments=sum(paper.values[a].bytes for a in paper.entry.takes),
-        live=live(paper),
+        live=live(paper, target.platform),
         hosted=to_and_fro(paper),
         ops=_size(paper.entry),
         source=f"partitioned by Shardy of jaxlib {jax.lib.__version__} for {target}, not compiled",

@@ -106,3 +106,21 @@ def test_a_last_dim_in_low_parts():
     size = 8 * 16 * 2048 * 4
     assert sent["reduce-scatter", "fsdp"][1] == pytest.approx(63 / 64 * size)
     assert sent.get(("all-reduce", "fsdp"), (0, 0))[1] < 0.001 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100:1x8"])
+def test_stages_of_a_divided_sequence(target):
+    """The TPU compiler refused all of them, see `test_no_branch_ends_in_a_constraint`."""
+    target = st.Target(target)
+    model = GPTConfig(vocab=256, sequence=64, embed=64, layers=4, heads=8)
+    plan = st.plan(
+        lambda rngs: build_model(model, rngs),
+        language_model_loss,
+        optax.adamw(1e-3),
+        batch=st.batch_spec(tokens=((16, 64), "int32"), targets=((16, 64), "int32"), weights=(16, 64)),
+        mesh=target.mesh(stage=2, data=2, tensor=2),
+        rules="fsdp_tensor_sequence",
+        microbatches=4,
+    )
+    assert plan.compile(target=target).program().flops == partition(plan, target).flops

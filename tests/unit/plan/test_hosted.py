@@ -19,7 +19,7 @@ from shardtrain.plan.liveness import live
 from shardtrain.plan.paper import TO_DEVICE, TO_HOST, Array, Block, Op, Paper, hosted, to_and_fro
 from shardtrain.plan.partitioned import partition, unavailable
 
-LAYERS, ROWS, LENGTH, WIDTH = 4, 16, 64, 64
+LAYERS, ROWS, LENGTH, WIDTH = 4, 16, 64, 128  # a width that fills the lanes of a TPU
 GPT = GPTConfig(vocab=256, sequence=LENGTH, embed=WIDTH, layers=LAYERS, heads=8)
 BATCH = st.batch_spec(
     tokens=((ROWS, LENGTH), "int32"), targets=((ROWS, LENGTH), "int32"), weights=(ROWS, LENGTH)

@@ -1,5 +1,7 @@
 """What a mesh with stages refuses, and where it puts the layers. Nothing is compiled."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.models import GPTConfig, build_model, language_model_loss
+from shardtrain.plan.compiled import lower_step
 from shardtrain.plan.minimum import minimum
 
 SHAPE = (16, 32)
@@ -164,3 +167,15 @@ def test_the_minimum_of_a_pipeline():
     both = {t.what: t.bytes for t in minimum(gpt(mesh={"stage": 4, "tensor": 2}, microbatches=8))}
     # Four times the rows, a quarter of the layers; the embedding and the head on the mean over stages.
     assert both["activations forward"] == alone["activations forward"]
+
+
+def test_no_branch_ends_in_a_constraint():
+    """A conditional of one result whose branch does, and whose other does not, is refused by the TPU compiler: "Inconsistent
+    conditional sharding". Failed so under every pipeline with a divided sequence."""
+    plan = gpt(
+        4, mesh={"stage": 2, "data": 2, "tensor": 2}, rules="fsdp_tensor_sequence", schedule="interleaved:2"
+    )
+    text = str(lower_step(plan, "tpu").compiler_ir("stablehlo"))
+    closed = r'(%\w+) = sdy\.sharding_constraint %\w+ <@mesh, \[[^?>]*"[^?>]*\]> : \S+\s+'
+    assert "stablehlo.case" in text and re.search(closed, text)
+    assert not re.search(closed + r"stablehlo\.return \1 :", text)
