@@ -101,11 +101,11 @@ class Sketcher:
             self.constants,
             "sketched",
             hosted,
-            (busy[0], busy[1]),
+            busy,
         )
         return Sketch(state, state + kept + _passing(plan), found)
 
-    def _device(self, plan: Plan, rows: int) -> tuple[np.ndarray, float, float]:
+    def _device(self, plan: Plan, rows: int) -> tuple[tuple[float, float], float, float]:
         """Of one device: seconds of products and of memory in a step, bytes that the rows of one call keep and make, and bytes
         to the host's memory and back in a step."""
         rates, shape, calls = self.rates, plan.mesh.shape, plan.microbatches
@@ -117,23 +117,23 @@ class Sketcher:
         kind = "tensor_sequence" if plan.sequence_divided else "tensor"
         if tensor > 1 and kind in rates:
             half = rates[kind].at(each)
-            whole = np.maximum(
-                0.0, 2 * half - one
-            )  # what each of two does beyond its half, each of many does, too
+            # What each of two does beyond its half, each of many does, too.
+            whole = np.maximum(0.0, 2 * half - one)
             whole[3:] *= not plan.sequence_divided  # nothing is saved whole
             found = (found - one) / tensor + whole + (half - whole) * 2 / tensor
         elif tensor > 1:
             found = found / tensor
-        seconds, step, saved, made, hosted = np.split(found, [2, 3, 4, 5])
+        products, memory, step, saved, made, hosted = found.tolist()
         if plan.pipeline is not None:
-            deal, again = plan.pipeline.deal, 4 / 3
+            deal, again = plan.pipeline.deal, (4 / 3, 4 / 3)
             if STAGE in rates:
-                again = 2 * rates[STAGE].at(each)[:2] / np.maximum(one[:2], 1e-12)
-            seconds = seconds * again * deal.longest * deal.pieces / deal.layers / deal.stages
+                again = tuple(2 * rates[STAGE].at(each)[:2] / np.maximum(one[:2], 1e-12))
+            share = deal.longest * deal.pieces / deal.layers / deal.stages
+            products, memory = share * again[0] * products, share * again[1] * memory
             # Inputs of stages are kept, and one stage's own while it runs again.
-            saved = saved * (1 + max(plan.pipeline.schedule.in_flight()) / deal.layers) / deal.stages
-        step = step * tensor / self.target.size
-        return calls * seconds + [0.0, float(step[0])], float(saved[0] + made[0]), calls * float(hosted[0])
+            saved *= (1 + max(plan.pipeline.schedule.in_flight()) / deal.layers) / deal.stages
+        memory = calls * memory + step * tensor / self.target.size
+        return (calls * products, memory), saved + made, calls * hosted
 
     def arranged(self, mesh: AnyMesh, candidate: Candidate) -> Plan:
         """The one-device plan with another layout: everything that follows from shapes and rules, nothing traced."""
@@ -270,9 +270,8 @@ class _Rate:
         """From two rows a device and three; of stages, in each of two calls."""
         calls = 2 if kind == STAGE else 1
         less, more = (np.array([*timed(p.work[1:])]).reshape(-1, 2) / calls for p in (first, second))
-        if [w.dtype for w in first.work] != [
-            w.dtype for w in second.work
-        ]:  # another program: all by its rows
+        dtypes = [[w.dtype for w in p.work] for p in (first, second)]
+        if dtypes[0] != dtypes[1]:  # another program: all by its rows
             less = more * 2 / 3
         row = more - less
         base = np.maximum(0.0, less - 2 * row)
