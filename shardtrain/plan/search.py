@@ -24,7 +24,7 @@ from shardtrain.plan.plan import Plan
 from shardtrain.plan.ranking import TIERS, Entry, Search, reason
 from shardtrain.plan.sketch import Sketcher
 
-DOUBT = 1.25  # a peak on paper of so many times what is usable may still fit: its compiler decides
+DOUBT = 1.25  # a peak on paper of so many times what is usable may still fit: its compiler decides; or a sketch's: paper does
 
 
 def search(
@@ -113,13 +113,17 @@ def _too_big(entry: Entry, usable: float | None) -> bool:
 
 def _few(entries: Sequence[Entry], count: int, objective: str, usable: float | None) -> list[Entry]:
     """The best of those that seem to fit, then the smallest of the others; half of the places at most go to the best of
-    each kind."""
+    each kind, an eighth to the best of what its sketch says is a little too big: it may be wrong."""
     big = lambda e: _too_big(e, usable)  # noqa: E731
     ordered = sorted(entries, key=lambda e: (big(e), e.better("memory" if big(e) else objective)))
     kinds: dict[frozenset[str], Entry] = {}
     for entry in ordered:
         kinds.setdefault(entry.kind, entry)
     firsts = list(kinds.values())[: count // 2]
+    doubtful = [
+        e for e in entries if big(e) and (e.peak or 0.0) <= DOUBT * (usable or 0.0) and e not in firsts
+    ]
+    firsts += sorted(doubtful, key=lambda e: e.better(objective))[: count // 8]
     best = [e for e in ordered if e not in firsts][: count - len(firsts)]
     return [*firsts, *best]
 

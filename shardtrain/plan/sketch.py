@@ -91,7 +91,8 @@ class Sketcher:
         sent = [Sent(t.op, t.axes, t.bytes, self._runs(plan, t)) for t in least]
         state = sum(self._state(leaf, mesh) for leaf in plan.leaves.values())
         added = plan.microbatches * _sums(plan)
-        busy, kept, hosted = self._device(plan, rows)
+        busy, saved, made, hosted = self._device(plan, rows)
+        weights, gradient = _passing(plan)
         found = cost(
             self.target,
             mesh.shape,
@@ -103,11 +104,11 @@ class Sketcher:
             hosted,
             busy,
         )
-        return Sketch(state, state + kept + _passing(plan), found)
+        return Sketch(state, state + saved + weights + max(made, gradient), found)
 
-    def _device(self, plan: Plan, rows: int) -> tuple[tuple[float, float], float, float]:
-        """Of one device: seconds of products and of memory in a step, bytes that the rows of one call keep and make, and bytes
-        to the host's memory and back in a step."""
+    def _device(self, plan: Plan, rows: int) -> tuple[tuple[float, float], float, float, float]:
+        """Of one device: seconds of products and of memory in a step; bytes that the rows of one call save, those that they make for a
+        moment, and those to the host's memory and back in a step."""
         rates, shape, calls = self.rates, plan.mesh.shape, plan.microbatches
         each = rows / plan.sequence_parts
         one = rates[""].at(each)
@@ -133,7 +134,7 @@ class Sketcher:
             # Inputs of stages are kept, and one stage's own while it runs again.
             saved *= (1 + max(plan.pipeline.schedule.in_flight()) / deal.layers) / deal.stages
         memory = calls * memory + step * tensor / self.target.size
-        return (calls * products, memory), saved + made, calls * hosted
+        return (calls * products, memory), saved, made, calls * hosted
 
     def arranged(self, mesh: AnyMesh, candidate: Candidate) -> Plan:
         """The one-device plan with another layout: everything that follows from shapes and rules, nothing traced."""
@@ -231,19 +232,22 @@ def _sums(plan: Plan) -> float:
     return found
 
 
-def _passing(plan: Plan) -> float:
-    """Bytes of weights that are gathered, and of their gradients before they are reduced: all that are held for a step, and of
-    the others the most at once, a layer of a stack or a parameter outside."""
-    kept, passing, held = 0.0, dict[str, float](), plan.held_leaves
+def _passing(plan: Plan) -> tuple[float, float]:
+    """Bytes of weights that are gathered, and of gradients that are not reduced yet: all that are held for a step, and of the others
+    the most at once, the weights of a layer or a parameter outside, and the largest gradient of one."""
+    held, weights, gradient = plan.held_leaves, dict[str, float](), 0.0
+    kept = kept_gradients = 0.0
     for path, leaf in plan.leaves.items():
-        both = _whole(plan, leaf) * sum(jnp.dtype(d).itemsize for d in (leaf.shard.wire, leaf.shard.reduce))
+        size = _whole(plan, leaf)
+        wire, back = (size * jnp.dtype(d).itemsize for d in (leaf.shard.wire, leaf.shard.reduce))
         if path in held:
-            kept += both
+            kept, kept_gradients = kept + wire, kept_gradients + back
         elif leaf.shard.dim is not None and path not in plan.tables:
             stack = next((s for s in plan.stacks if layouts.in_stack(path, frozenset([s]))), None)
-            key = path if stack is None else stack
-            passing[key] = passing.get(key, 0.0) + both / (1 if stack is None else leaf.shape[0])
-    return kept + max(passing.values(), default=0.0)
+            key, layers = (path, 1) if stack is None else (stack, leaf.shape[0])
+            weights[key] = weights.get(key, 0.0) + wire / layers
+            gradient = max(gradient, back / layers)
+    return kept + kept_gradients + max(weights.values(), default=0.0), gradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
