@@ -14,7 +14,7 @@ from shardtrain.config.devices import use_no_devices
 from shardtrain.config.load import from_json, to_json
 from shardtrain.config.planning import Layout, planned
 from shardtrain.config.schema import Custom, RunConfig
-from shardtrain.errors import ConfigError, ShardingError
+from shardtrain.errors import ConfigError, ShardTrainError
 from shardtrain.mesh import AXES, Target
 from shardtrain.mesh.build import SLOW
 from shardtrain.models import MoEConfig
@@ -122,7 +122,7 @@ def _sketcher(
                 partition(few(rows[0], candidate), target),
                 partition(few(rows[1], candidate), target),
             )
-        except (ConfigError, ShardingError):  # two do not divide it, or this JAX cannot: a guess will do
+        except ShardTrainError:  # two do not divide it, or this JAX cannot: a guess will do
             continue
     fields = build(config, target.one_device, data=False).batch
     return Sketcher(few(1, alone), papers, fields, target, constants)
