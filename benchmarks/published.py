@@ -194,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="chips whose name holds this text")
+    parser.add_argument("--only", default="", help="reports whose name holds this text")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
@@ -203,13 +203,14 @@ def main() -> None:
     constants, reports = kept["constants"], kept["reports"]
     for chip in dict.fromkeys(name.split(" ")[0] for name in REPORTS):
         names = [n for n in REPORTS if n.startswith(f"{chip} ")]
-        if options.only not in chip or (not options.again and all(n in reports for n in names)):
+        wanted = [n for n in names if options.only in n and (options.again or n not in reports)]
+        if not wanted:
             continue
         cases = {n: Case(n) for n in names}
         found = fitted(list(cases.values()))
         constants[chip] = found.compute
-        for name, case in cases.items():
-            reports[name] = case.measured(found, options.compile)
+        for name in wanted:
+            reports[name] = cases[name].measured(found, options.compile)
             checked = [r for r in reports.values() if not r["fitted_on"]]
             result = {
                 "benchmark": "published",
