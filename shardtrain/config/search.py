@@ -25,7 +25,7 @@ from shardtrain.plan.cost import Constants
 from shardtrain.plan.partitioned import partition
 from shardtrain.plan.plan import Plan
 from shardtrain.plan.search import Search, search
-from shardtrain.plan.sketch import Sketcher
+from shardtrain.plan.sketch import PROBES, Sketcher, probes_of
 
 
 def search_config(
@@ -99,42 +99,22 @@ def _axes(config: RunConfig) -> set[str]:
 def _sketcher(
     config: RunConfig, remat: str | None, target: Target, constants: Constants, of: Sequence[Candidate]
 ) -> Sketcher:
-    """The model on one device of the target with two rows and with three, traced and partitioned; and on two for each thing that
-    the layouts `of` divide and one device does not show."""
+    """The model on few devices of the target, traced and partitioned: `PROBES`, as far as the layouts `of` need them."""
 
     def few(rows: int, candidate: Candidate) -> Plan:
         less = Layout(candidate, remat).of(dataclasses.replace(config, global_batch=rows, groups=None))
         return make_plan(less, build(less, target.some_devices(**candidate.mesh), data=False))
 
-    # Of one row the loss may have a single chunk, which adds nothing up: the second would seem to need that besides.
-    alone = Candidate.of({})
-    papers = {"": (partition(few(2, alone), target), partition(few(3, alone), target))}
-    two = {
-        "ring": (Candidate.of({"context": 2}), (4, 6)),
-        "tensor": (Candidate.of({"tensor": 2}), (2, 3)),
-        "tensor_sequence": (Candidate.of({"tensor": 2}, rules="fsdp_tensor_sequence"), (2, 3)),
-        STAGE: (Candidate.of({STAGE: 2}, microbatches=2), (4, 6)),
-    }
-    for kind in dict.fromkeys(kind for c in of for kind in _shown_by_two(c)):
-        candidate, rows = two[kind]
+    papers = {}
+    for kind in dict.fromkeys(["", *(kind for c in of for kind in probes_of(c))]):
+        candidate, (two, three) = PROBES[kind]
         try:
-            papers[kind] = (
-                partition(few(rows[0], candidate), target),
-                partition(few(rows[1], candidate), target),
-            )
+            papers[kind] = partition(few(two, candidate), target), partition(few(three, candidate), target)
         except ShardTrainError:  # two do not divide it, or this JAX cannot: a guess will do
-            continue
+            if not kind:
+                raise
     fields = build(config, target.one_device, data=False).batch
-    return Sketcher(few(1, alone), papers, fields, target, constants)
-
-
-def _shown_by_two(candidate: Candidate) -> list[str]:
-    mesh, found = candidate.mesh, list[str]()
-    if mesh.get("context", 1) > 1 and candidate.attention == "ring":
-        found.append("ring")
-    if mesh.get("tensor", 1) > 1:
-        found.append("tensor_sequence" if candidate.rules.endswith("tensor_sequence") else "tensor")
-    return [*found, STAGE] if STAGE in mesh else found
+    return Sketcher(few(1, PROBES[""][0]), papers, fields, target, constants)
 
 
 def _notes(config: RunConfig) -> tuple[str, ...]:

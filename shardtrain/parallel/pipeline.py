@@ -261,15 +261,10 @@ class _Executor:
 
             def counted() -> Any:
                 with runs(*share):
-                    return self.ended(yes())
+                    return _ended(yes())
 
-            return jax.lax.cond(wanted, counted, lambda: self.ended(no()))
+            return jax.lax.cond(wanted, counted, lambda: _ended(no()))
         return jax.tree.map(lambda a, b: jnp.where(wanted, a, b), yes(), no())
-
-    def ended(self, branch: Any) -> Any:
-        """A branch of a single result would end in the sharding constraint of that, and the TPU compiler wants the same at the end
-        of the other (with several it ends in a tuple, which has none)."""
-        return jax.lax.optimization_barrier(branch) if len(jax.tree.leaves(branch)) == 1 else branch
 
     def is_first(self, c: jax.Array) -> jax.Array:
         return (c == 0) & (self.stage == 0)
@@ -302,6 +297,12 @@ class _Executor:
 
     def zeros(self, shapes: Any) -> Any:
         return self.own(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+
+
+def _ended(branch: Any) -> Any:
+    """A branch of a single result would end in the sharding constraint of that, and the TPU compiler wants the same at the end
+    of the other (with several it ends in a tuple, which has none)."""
+    return jax.lax.optimization_barrier(branch) if len(jax.tree.leaves(branch)) == 1 else branch
 
 
 def _take(tree: Any, slot: jax.Array) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from shardtrain.parallel.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Schedule
@@ -116,6 +117,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     return Timeline(schedule.name, schedule.stages, tuple(spans), tuple(schedule.in_flight()))
 
 
+@functools.lru_cache(maxsize=256)  # a search asks for the same few again and again
 def realise(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """The schedule as our one program runs it: in ticks, each as long as its busiest stage (see `parallel/ticks.py`).
 

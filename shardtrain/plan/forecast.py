@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from shardtrain.errors import CompileError, ConfigError
 from shardtrain.mesh import Target
-from shardtrain.parallel.schedules import Schedule
-from shardtrain.parallel.timeline import realise
 from shardtrain.plan import aot, hlo
 from shardtrain.plan.bill import Bill, bill
 from shardtrain.plan.compiled import Memory, lower_step
@@ -262,12 +259,7 @@ def totals(collectives: hlo.Collectives, *, scheduled: bool = False) -> tuple[Se
 
 def bubble(plan: Plan) -> float:
     """Share of their time in which stages wait, as the program runs; 0 without stages."""
-    return 0.0 if plan.pipeline is None else _waiting(plan.pipeline.schedule)
-
-
-@functools.lru_cache(maxsize=256)  # a search asks for the same few schedules again and again
-def _waiting(schedule: Schedule) -> float:
-    return realise(schedule).bubble
+    return 0.0 if plan.pipeline is None else plan.pipeline.timeline().bubble
 
 
 def _tokens(plan: Plan) -> int:

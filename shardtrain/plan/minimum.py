@@ -146,7 +146,7 @@ def _share(n: int) -> float:
     return (n - 1) / n
 
 
-def _size(plan: Plan, leaf: Leaf) -> float:
+def whole_size(plan: Plan, leaf: Leaf) -> float:
     """Elements of a leaf that one device has when it is whole along what is gathered."""
     return math.prod(leaf.shape) / _parts(plan, {*spec_axes(leaf.shard.spec), *leaf.shard.kept_axes})
 
@@ -175,7 +175,7 @@ def _stages(plan: Plan, pipe: Pipeline, activation: float, calls: int, add: Any)
     for path, leaf in plan.leaves.items():
         if pipe.owns(path):
             held = path in plan.held_leaves
-            size = _size(plan, leaf) / (1 if held else _parts(plan, leaf.shard.axes))
+            size = whole_size(plan, leaf) / (1 if held else _parts(plan, leaf.shard.axes))
             width = (jnp.dtype(plan.compute) if held else leaf.dtype).itemsize
             width += jnp.dtype(wide(leaf)).itemsize * (path in trained)
             add(
@@ -207,7 +207,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
             add(what, op, shard.axes, _share(_parts(plan, shard.axes)) * size, f"{times}f*X")
 
     share = _share(_parts(plan, shard.axes))
-    size = _size(plan, leaf)
+    size = whole_size(plan, leaf)
     wire, back = size * jnp.dtype(shard.wire).itemsize, size * jnp.dtype(shard.reduce).itemsize
     stacked = in_stack(leaf.path, plan.stacks)
     matrix = len(leaf.shape) - stacked > 1
@@ -254,7 +254,7 @@ def _weights(plan: Plan, leaf: Leaf, trained: bool, calls: int, add: Any) -> Non
 
 def _gradients(plan: Plan, leaf: Leaf, calls: int, add: Any) -> None:
     shard = leaf.shard
-    size = _size(plan, leaf) * jnp.dtype(shard.reduce).itemsize
+    size = whole_size(plan, leaf) * jnp.dtype(shard.reduce).itemsize
     inside = () if shard.dim is None or leaf.path in plan.held_leaves else shard.axes
     apart = {*inside, *shard.kept_axes}
     rest = [

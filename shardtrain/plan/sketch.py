@@ -27,7 +27,7 @@ from shardtrain.plan.candidates import Candidate
 from shardtrain.plan.cost import Constants, Cost, Sent, cost, rooflines
 from shardtrain.plan.forecast import bubble
 from shardtrain.plan.given import check_sequence, group_count
-from shardtrain.plan.minimum import Term, minimum, stream_of, traffic_of
+from shardtrain.plan.minimum import Term, minimum, stream_of, traffic_of, whole_size
 from shardtrain.plan.model import FROZEN
 from shardtrain.plan.paper import Work
 from shardtrain.plan.partitioned import Partitioned
@@ -47,15 +47,34 @@ class Sketch:
     cost: Cost | None
 
 
+PROBES: dict[str, tuple[Candidate, tuple[int, int]]] = {
+    "": (Candidate.of({}), (2, 3)),
+    "ring": (Candidate.of({"context": 2}), (4, 6)),
+    "tensor": (Candidate.of({"tensor": 2}), (2, 3)),
+    "tensor_sequence": (Candidate.of({"tensor": 2}, rules="fsdp_tensor_sequence"), (2, 3)),
+    STAGE: (Candidate.of({STAGE: 2}, microbatches=2), (4, 6)),
+}
+"""What a sketch scales from: a layout of one device or two, and rows of the global batch, of which each call on a device has two
+and three. (Of one row the loss may have a single chunk, which adds nothing up: the second would seem to need that besides.) A ring's
+softmax goes through memory, and it multiplies what a causal mask drops."""
+
+
+def probes_of(candidate: Candidate) -> list[str]:
+    """Which of `PROBES` a layout is sketched from."""
+    mesh, found = candidate.mesh, [""]
+    if mesh.get("context", 1) > 1 and candidate.attention == "ring":
+        found.append("ring")
+    if mesh.get("tensor", 1) > 1:
+        found.append("tensor_sequence" if candidate.rules.endswith("tensor_sequence") else "tensor")
+    return [*found, STAGE] if STAGE in mesh else found
+
+
 class Sketcher:
     """Of one model under one remat policy.
 
     Args:
         one: its plan on one device of the target's kind with a global batch of one row.
-        papers: the same partitioned with two rows a device and with three, by what divides it: "" is one device; `ring`, two
-            that divide the sequence in a ring, whose softmax goes through memory and which multiplies what a causal mask
-            drops; `tensor` and `tensor_sequence`, two along tensor; `stage`, two stages with two microbatches of so many rows.
-            One that is not there counts as one device.
+        papers: the same partitioned as `PROBES` says, by their names. One that is not there counts as one device, but for "".
         batch: shapes of the real global batch.
     """
 
@@ -212,14 +231,6 @@ class Sketcher:
         return held + copies + size * 4 / parts(leaf.gradient)
 
 
-def _whole(plan: Plan, leaf: layouts.Leaf) -> float:
-    """Elements of a leaf on one device where it is gathered."""
-    shard = leaf.shard
-    return math.prod(leaf.shape) / math.prod(
-        plan.mesh.shape[a] for a in {*spec_axes(shard.spec), *shard.kept_axes}
-    )
-
-
 def _sums(plan: Plan) -> float:
     """Bytes of the gradients that microbatches add up: whole where they are reduced once a step. What stages add up is in what
     two of them showed."""
@@ -228,26 +239,26 @@ def _sums(plan: Plan) -> float:
     held, found = plan.held_leaves, 0.0
     for path, leaf in plan.leaves.items():
         axes = () if path in held else leaf.shard.axes
-        found += 4 * _whole(plan, leaf) / math.prod(plan.mesh.shape[a] for a in axes)
+        found += 4 * whole_size(plan, leaf) / math.prod(plan.mesh.shape[a] for a in axes)
     return found
 
 
 def _passing(plan: Plan) -> tuple[float, float]:
     """Bytes of weights that are gathered, and of gradients that are not reduced yet: all that are held for a step, and of the others
     the most at once, the weights of a layer or a parameter outside, and the largest gradient of one."""
-    held, weights, gradient = plan.held_leaves, dict[str, float](), 0.0
-    kept = kept_gradients = 0.0
+    held, kept, gradient = plan.held_leaves, 0.0, 0.0
+    weights: dict[str, float] = {}
     for path, leaf in plan.leaves.items():
-        size = _whole(plan, leaf)
+        size = whole_size(plan, leaf)
         wire, back = (size * jnp.dtype(d).itemsize for d in (leaf.shard.wire, leaf.shard.reduce))
         if path in held:
-            kept, kept_gradients = kept + wire, kept_gradients + back
+            kept += wire + back
         elif leaf.shard.dim is not None and path not in plan.tables:
             stack = next((s for s in plan.stacks if layouts.in_stack(path, frozenset([s]))), None)
             key, layers = (path, 1) if stack is None else (stack, leaf.shape[0])
             weights[key] = weights.get(key, 0.0) + wire / layers
             gradient = max(gradient, back / layers)
-    return kept + kept_gradients + max(weights.values(), default=0.0), gradient
+    return kept + max(weights.values(), default=0.0), gradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

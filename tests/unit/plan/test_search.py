@@ -20,7 +20,7 @@ from shardtrain.plan.minimum import minimum
 from shardtrain.plan.paper import Array, Block, Op, Paper, Work, work
 from shardtrain.plan.partitioned import partition, unavailable
 from shardtrain.plan.search import search
-from shardtrain.plan.sketch import Sketch, Sketcher, _Rate
+from shardtrain.plan.sketch import PROBES, Sketch, Sketcher, _Rate
 
 over_tensor = pytest.mark.skipif(bool(unavailable({"tensor": 2})), reason=unavailable({"tensor": 2}))
 SHAPES = {"tokens": "int32", "targets": "int32", "weights": "float32"}
@@ -95,18 +95,10 @@ COSTS = [
 
 @pytest.fixture(scope="module")
 def long_sketcher():
-    two = {
-        "": ({}, {}, (2, 3)),
-        "ring": ({"context": 2}, {}, (4, 6)),
-        "stage": ({"stage": 2}, {"microbatches": 2}, (4, 6)),
-    }
-    if not unavailable({"tensor": 2}):
-        two["tensor"] = ({"tensor": 2}, {}, (2, 3))
-        two["tensor_sequence"] = ({"tensor": 2}, {"rules": "fsdp_tensor_sequence"}, (2, 3))
-    some = lambda axes: TARGET.some_devices(**(axes or {"data": 1}))
     papers = {
-        kind: tuple(partition(long(some(axes), n, **options), TARGET) for n in rows)
-        for kind, (axes, options, rows) in two.items()
+        kind: tuple(partition(long(TARGET.some_devices(**c.mesh), n, **c.options), TARGET) for n in rows)
+        for kind, (c, rows) in PROBES.items()
+        if not unavailable(c.mesh)
     }
     fields = long(TARGET.one_device, 16).batch
     return Sketcher(long(TARGET.one_device, 1), papers, fields, TARGET, Constants())
